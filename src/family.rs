@@ -1,0 +1,34 @@
+//! What the core asks of the language above it.
+
+use crate::sync::Arc;
+use crate::waiter::Waiter;
+
+/// The types of one kind of coalescer and what the core cannot do for itself with them.
+///
+/// No function here is called while a mutex of the core is held, but for [`Family::share_call`].
+pub trait Family: Sized + 'static {
+    type Key: Send + Sync;
+    type Outcome: Send + Sync;
+    /// A waiter that is a task of an event loop: what wakes it.
+    type Task: Send + Sync;
+    /// The call's own task of a flight that is led on an event loop.
+    type Call: Send + Sync;
+
+    /// How many waiting threads each woken one wakes in turn. One where only one of them can run at a time, two
+    /// where they run in parallel.
+    fn wake_fan() -> usize;
+
+    /// Equality of keys. One that fails answers true, so that the table stops, and remembers the failure.
+    fn same(stored: &Self::Key, wanted: &Self::Key) -> bool;
+    /// Whether a comparison on this thread has failed and nobody has taken the failure yet.
+    fn comparison_failed() -> bool;
+
+    /// Wakes tasks, each on its own loop.
+    fn wake_tasks(waiters: Vec<Arc<Waiter<Self>>>);
+    /// Another handle to the same call; called under the flight's mutex, so it must only count references.
+    fn share_call(call: &Self::Call) -> Self::Call;
+    /// Cancels a call that nobody waits for any more.
+    fn cancel_call(call: Self::Call);
+    /// Whether the call can never finish, because its loop is closed or its task is gone.
+    fn call_is_lost(call: &Self::Call) -> bool;
+}

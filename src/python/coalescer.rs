@@ -1,0 +1,339 @@
+//! The base classes of the public coalescers.
+
+use std::cell::RefCell;
+
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use super::family::{Outcome, Python3, Shared, running_loop};
+use super::hooks::Hooks;
+use super::options::{self, Ttl};
+use super::task::{Link, Ticket};
+use super::{ffi, key};
+use crate::flight::{Flight, Standing};
+use crate::map::{Lead, Map, Place, Turn};
+use crate::sync::Arc;
+use crate::waiter::{NO_LOOP, Wakeup};
+
+/// What both kinds of coalescer have: the map, the options, and the questions about them.
+#[pyclass(frozen, subclass, weakref, module = "llm_batch_coalesce._core")]
+pub(super) struct Coalescer {
+    pub(super) map: Arc<Map<Python3>>,
+    pub(super) ttl: Ttl,
+    pub(super) error_ttl: Option<Ttl>,
+}
+
+#[pymethods]
+impl Coalescer {
+    #[new]
+    #[pyo3(signature = (ttl_seconds = None, error_ttl_seconds = None))]
+    fn new(
+        ttl_seconds: Option<&Bound<'_, PyAny>>,
+        error_ttl_seconds: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let ttl = match ttl_seconds {
+            Some(value) => options::ttl("ttl_seconds", value)?,
+            None => Ttl { seconds: 5.0, nanos: 5_000_000_000 },
+        };
+        let error_ttl = error_ttl_seconds.map(|value| options::ttl("error_ttl_seconds", value)).transpose()?;
+        Ok(Self { map: Map::new(), ttl, error_ttl })
+    }
+
+    fn __len__(&self) -> usize {
+        self.map.len()
+    }
+
+    // Without it an empty coalescer would be false, and `coalescer or default` a trap.
+    fn __bool__(&self) -> bool {
+        true
+    }
+
+    fn __contains__(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let found = self.map.contains(key::hash(key)?, key.as_unbound());
+        key::take_failure()?;
+        Ok(found.unwrap_or(false))
+    }
+
+    /// Drops all retained outcomes and disowns the flights under way: their callers still get the outcome, but
+    /// the next caller of the key leads a call of its own.
+    fn clear(&self) {
+        self.map.clear();
+    }
+
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let this = slf.get();
+        let name = slf.get_type().name()?;
+        let seconds = |ttl: Ttl| pyo3::types::PyFloat::new(slf.py(), ttl.seconds).to_string();
+        // What has expired is not retained, though it may wait for the sweeper.
+        let kept = this.map.len();
+        let stats = this.map.stats();
+        let errors = this.error_ttl.map(|ttl| format!(", error_ttl_seconds={}", seconds(ttl)));
+        Ok(format!(
+            "<{name} ttl_seconds={}{} in_flight={} retained={} calls={} joined={} hits={} errors={}>",
+            seconds(this.ttl),
+            errors.unwrap_or_default(),
+            stats.in_flight.max(0),
+            stats.retained.clamp(0, isize::try_from(kept).unwrap_or(isize::MAX)),
+            stats.calls,
+            stats.joined,
+            stats.hits,
+            stats.errors,
+        ))
+    }
+
+    /// Serves a task: the value of a hit, or a ticket for what there is to do.
+    fn _begin<'py>(
+        slf: &Bound<'py, Self>,
+        key: &Bound<'py, PyAny>,
+        r#fn: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let hash = key::hash(key)?;
+        match slf.get().hit(hash, key) {
+            Some(shared) => shared.into_result(),
+            None => Self::begin_missed(slf, hash, key, r#fn),
+        }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let mut result = Ok(());
+        self.map.for_each(|flight| {
+            if result.is_ok() {
+                result = visit_flight(flight, &visit);
+            }
+        });
+        result
+    }
+
+    fn __clear__(&self) {
+        self.map.clear();
+    }
+}
+
+/// Keys and retained outcomes. What a flight under way holds besides is held by the tasks and threads that wait for it.
+fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+    visit.call(flight.key())?;
+    match flight.retained_at_all() {
+        Some(Outcome::Value(object) | Outcome::Error(object)) => visit.call(object),
+        None => Ok(()),
+    }
+}
+
+impl Coalescer {
+    #[inline]
+    fn hit<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> Option<Shared<'py>> {
+        self.map.hit(hash, key.as_unbound(), |outcome| outcome.share(key.py()))
+    }
+
+    fn turn<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> PyResult<Turn<Python3, Shared<'py>>> {
+        let own = || key.clone().unbind();
+        let turn = self.map.turn(hash, key.as_unbound(), own, |outcome| outcome.share(key.py()));
+        key::take_failure()?;
+        Ok(turn)
+    }
+
+    #[cold]
+    fn begin_missed<'py>(
+        slf: &Bound<'py, Self>,
+        hash: u64,
+        key: &Bound<'py, PyAny>,
+        r#fn: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (py, this) = (slf.py(), slf.get());
+        key::take_failure()?;
+        options::callable("fn", r#fn)?;
+        let event_loop = running_loop(py)?;
+        let loop_id = event_loop.as_ptr().addr();
+        loop {
+            let ticket = match this.turn(hash, key)? {
+                Turn::Hit(shared) => return shared.into_result(),
+                Turn::Failed => continue,
+                Turn::Lead(lead) => Ticket::leading(lead, loop_id),
+                Turn::Join(flight) => {
+                    if Link::is_current(py, &flight)? {
+                        return Err(recursive_error(key)?);
+                    }
+                    match Ticket::joining(&this.map, &flight, &event_loop)? {
+                        Some(ticket) => ticket,
+                        None => continue,
+                    }
+                }
+            };
+            return Ok(Bound::new(py, ticket)?.into_any());
+        }
+    }
+
+    /// Publishes how a call failed. The error itself is for the leader's own caller.
+    pub(super) fn settle_error(
+        slf: &Bound<'_, Self>,
+        lead: Lead<Python3>,
+        error: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let (py, this) = (slf.py(), slf.get());
+        // If this raises, the lead is dropped and so handed over.
+        let settled = Hooks::get(py)?.settle.bind(py).call1((slf, error))?;
+        if settled.is_none() {
+            return Ok(lead.abandon(true));
+        }
+        let (template, retain): (Py<PyAny>, bool) = settled.cast::<PyTuple>()?.extract()?;
+        let ttl = if retain { this.error_ttl.unwrap_or(this.ttl).nanos } else { 0 };
+        lead.complete(Outcome::Error(template), ttl, true);
+        Ok(true)
+    }
+}
+
+fn recursive_error(key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+    Ok(PyErr::from_value(Hooks::get(key.py())?.recursive_error.bind(key.py()).call1((key,))?))
+}
+
+/// The coalescer of threads.
+#[pyclass(frozen, subclass, extends = Coalescer, module = "llm_batch_coalesce._core")]
+pub(super) struct ThreadCoalescer;
+
+#[pymethods]
+impl ThreadCoalescer {
+    #[new]
+    #[pyo3(signature = (ttl_seconds = None, error_ttl_seconds = None))]
+    fn new(
+        ttl_seconds: Option<&Bound<'_, PyAny>>,
+        error_ttl_seconds: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let base = Coalescer::new(ttl_seconds, error_ttl_seconds)?;
+        Ok(PyClassInitializer::from(base).add_subclass(Self))
+    }
+
+    /// Returns the outcome of `key`: the one retained, that of the call under way, or that of calling `fn()`.
+    #[pyo3(signature = (key, r#fn))]
+    fn get_or_call<'py>(
+        slf: &Bound<'py, Self>,
+        key: &Bound<'py, PyAny>,
+        r#fn: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let hash = key::hash(key)?;
+        match slf.as_super().get().hit(hash, key) {
+            Some(shared) => shared.into_result(),
+            None => missed(slf.as_super(), hash, key, r#fn),
+        }
+    }
+}
+
+#[cold]
+fn missed<'py>(
+    slf: &Bound<'py, Coalescer>,
+    hash: u64,
+    key: &Bound<'py, PyAny>,
+    r#fn: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let (py, this) = (slf.py(), slf.get());
+    key::take_failure()?;
+    options::callable("fn", r#fn)?;
+    loop {
+        match this.turn(hash, key)? {
+            Turn::Hit(shared) => return shared.into_result(),
+            Turn::Failed => {}
+            Turn::Lead(lead) => return lead_call(slf, lead, r#fn),
+            Turn::Join(flight) => {
+                if Led::includes(&flight) {
+                    return Err(recursive_error(key)?);
+                }
+                let Some(place) = this.map.join(&flight, NO_LOOP, Wakeup::this_thread()) else { continue };
+                drop(flight);
+                match wait(py, &place)? {
+                    Standing::Offered => {
+                        if let Some(lead) = place.take_lead() {
+                            drop(place);
+                            return lead_call(slf, lead, r#fn);
+                        }
+                    }
+                    Standing::Landed => {
+                        if let Some(outcome) = place.outcome() {
+                            place.count_joined();
+                            let shared = outcome.share(py);
+                            drop(place);
+                            return shared.into_result();
+                        }
+                    }
+                    // None of these befalls a thread; asking again is right in any case.
+                    Standing::Waiting | Standing::Private | Standing::Cancelled | Standing::Withdrawn => {}
+                }
+            }
+        }
+    }
+}
+
+/// Runs the callable and ends the flight with what became of it.
+fn lead_call<'py>(
+    slf: &Bound<'py, Coalescer>,
+    lead: Lead<Python3>,
+    r#fn: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = slf.py();
+    let run = Hooks::get(py)?.run.bind(py);
+    let result = {
+        let _led = Led::push(&lead);
+        ffi::call1(run, r#fn)
+    };
+    match result {
+        Ok(value) => {
+            lead.complete(Outcome::Value(value.clone().unbind()), slf.get().ttl.nanos, false);
+            Ok(value)
+        }
+        Err(error) => {
+            let exception = error.into_value(py).into_bound(py).into_any();
+            Coalescer::settle_error(slf, lead, &exception)?;
+            Err(PyErr::from_value(exception))
+        }
+    }
+}
+
+/// Waits until the flight has something for this thread.
+fn wait(py: Python<'_>, place: &Place<Python3>) -> PyResult<Standing> {
+    /// How often the main thread looks for signals.
+    const SIGNALS: std::time::Duration = std::time::Duration::from_millis(50);
+    let limit = is_main_thread(py)?.then_some(SIGNALS);
+    loop {
+        let standing = ffi::detached(py, || place.wait(limit));
+        if standing != Standing::Waiting {
+            place.pass_baton();
+            return Ok(standing);
+        }
+        py.check_signals()?;
+    }
+}
+
+/// Signals are handled in the main thread only.
+fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
+    use pyo3::intern;
+    let threading = py.import(intern!(py, "threading"))?;
+    let main = threading.call_method0(intern!(py, "main_thread"))?.getattr(intern!(py, "ident"))?;
+    main.eq(threading.call_method0(intern!(py, "get_ident"))?)
+}
+
+thread_local! {
+    /// The flights that this thread leads at the moment, outermost first.
+    static LED: RefCell<Vec<(*const Flight<Python3>, u32)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Notes that this thread leads a flight, as long as it lives.
+struct Led;
+
+impl Led {
+    fn push(lead: &Lead<Python3>) -> Self {
+        LED.with_borrow_mut(|led| led.push((Arc::as_ptr(lead.flight()), lead.epoch())));
+        Self
+    }
+
+    /// Whether this thread would wait for itself.
+    fn includes(flight: &Arc<Flight<Python3>>) -> bool {
+        let wanted = Arc::as_ptr(flight);
+        LED.with_borrow(|led| {
+            led.iter().any(|&(own, epoch)| own == wanted && flight.epoch() == Some(epoch))
+        })
+    }
+}
+
+impl Drop for Led {
+    fn drop(&mut self) {
+        LED.with_borrow_mut(Vec::pop);
+    }
+}

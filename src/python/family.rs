@@ -1,0 +1,162 @@
+//! The core's view of Python: what keys, outcomes and tasks are, and how tasks are woken.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyList;
+
+use super::hooks::Hooks;
+use super::{ffi, key};
+use crate::family::Family;
+use crate::waiter::Waiter;
+
+pub(super) struct Python3;
+
+pub(super) enum Outcome {
+    Value(Py<PyAny>),
+    /// A template that is never raised: each caller gets a copy.
+    Error(Py<PyAny>),
+}
+
+impl Outcome {
+    /// What a caller gets: the value itself, or a copy of the error.
+    pub(super) fn share<'py>(&self, py: Python<'py>) -> Shared<'py> {
+        match self {
+            Self::Value(value) => Shared::Value(value.bind(py).clone()),
+            Self::Error(template) => Shared::Error(template.bind(py).clone()),
+        }
+    }
+}
+
+/// An outcome on its way to a caller. Taken in the table, turned into a result outside of it.
+pub(super) enum Shared<'py> {
+    Value(Bound<'py, PyAny>),
+    Error(Bound<'py, PyAny>),
+}
+
+impl<'py> Shared<'py> {
+    #[inline]
+    pub(super) fn into_result(self) -> PyResult<Bound<'py, PyAny>> {
+        match self {
+            Self::Value(value) => Ok(value),
+            Self::Error(template) => {
+                let copy = Hooks::get(template.py())?.copy_error.bind(template.py()).call1((&template,))?;
+                Err(PyErr::from_value(copy))
+            }
+        }
+    }
+}
+
+/// A waiter's own future, and the loop that it belongs to.
+pub(super) struct TaskWaiter {
+    pub(super) event_loop: Py<PyAny>,
+    pub(super) future: Py<PyAny>,
+}
+
+/// See [`Family::wake_fan`]; set when the module is initialised.
+pub(super) static WAKE_FAN: AtomicUsize = AtomicUsize::new(1);
+
+impl Family for Python3 {
+    type Key = Py<PyAny>;
+    type Outcome = Outcome;
+    type Task = TaskWaiter;
+    /// A weak reference to the task.
+    type Call = Py<PyAny>;
+
+    fn wake_fan() -> usize {
+        WAKE_FAN.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn same(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> bool {
+        ffi::same_key(stored, wanted)
+    }
+
+    #[inline]
+    fn comparison_failed() -> bool {
+        key::has_failed()
+    }
+
+    fn wake_tasks(waiters: Vec<std::sync::Arc<Waiter<Self>>>) {
+        let py = ffi::attached();
+        if let Err(error) = wake_tasks(py, &waiters) {
+            error.write_unraisable(py, None);
+        }
+    }
+
+    fn share_call(call: &Py<PyAny>) -> Py<PyAny> {
+        call.clone_ref(ffi::attached())
+    }
+
+    fn cancel_call(call: Py<PyAny>) {
+        let py = ffi::attached();
+        if let Err(error) = Hooks::get(py).and_then(|hooks| hooks.cancel_call.bind(py).call1((call,))) {
+            error.write_unraisable(py, None);
+        }
+    }
+
+    fn call_is_lost(call: &Py<PyAny>) -> bool {
+        let py = ffi::attached();
+        let answer = Hooks::get(py)
+            .and_then(|hooks| hooks.call_is_lost.bind(py).call1((call,)))
+            .and_then(|answer| answer.is_truthy());
+        answer.unwrap_or_else(|error| {
+            error.write_unraisable(py, None);
+            false
+        })
+    }
+}
+
+/// The loop that runs in this thread; `None` outside of any.
+pub(super) fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    static GET: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    GET.import(py, "asyncio", "_get_running_loop")?.call0()
+}
+
+/// Sets the futures of the running loop here and now, those of each other loop with one call into it.
+fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) -> PyResult<()> {
+    let here = running_loop(py)?;
+    let mut elsewhere: Vec<(&Py<PyAny>, Bound<'_, PyList>)> = Vec::new();
+    for task in waiters.iter().filter_map(|waiter| waiter.task()) {
+        let future = task.future.bind(py);
+        if here.is(&task.event_loop) {
+            set_done(future)?;
+            continue;
+        }
+        match elsewhere.iter().find(|(event_loop, _)| event_loop.is(&task.event_loop)) {
+            Some((_, futures)) => futures.append(future)?,
+            None => elsewhere.push((&task.event_loop, PyList::new(py, [future])?)),
+        }
+    }
+    if elsewhere.is_empty() {
+        return Ok(());
+    }
+    let set_all = Hooks::get(py)?.set_all_done.bind(py);
+    for (event_loop, futures) in elsewhere {
+        let sent =
+            event_loop.bind(py).call_method1(intern!(py, "call_soon_threadsafe"), (set_all, futures));
+        match sent {
+            // The loop is closed: its tasks will never run again.
+            Err(error) if error.is_instance_of::<pyo3::exceptions::PyRuntimeError>(py) => {}
+            other => drop(other?),
+        }
+    }
+    Ok(())
+}
+
+/// A future says "done" only; the outcome is read from the flight.
+fn set_done(future: &Bound<'_, PyAny>) -> PyResult<()> {
+    let py = future.py();
+    if !future.call_method0(intern!(py, "done"))?.is_truthy()? {
+        future.call_method1(intern!(py, "set_result"), (py.None(),))?;
+    }
+    Ok(())
+}
+
+/// Called on the loop that the futures belong to.
+#[pyfunction]
+pub(super) fn set_all_done(futures: &Bound<'_, PyList>) -> PyResult<()> {
+    futures.iter().try_for_each(|future| set_done(&future))
+}

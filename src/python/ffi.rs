@@ -1,0 +1,116 @@
+//! The few operations that PyO3 has no safe form for.
+#![allow(unsafe_code, reason = "calls that a finalizing interpreter may unwind through, and key comparison")]
+
+use std::hint::black_box;
+use std::mem::forget;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr::null_mut;
+
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use super::key;
+
+/// Before CPython 3.14, a thread that takes the interpreter during finalization is ended by `pthread_exit`, whose
+/// unwinding must not reach a frame of PyO3: that aborts the process. So it stops here, and the thread waits for the
+/// process to end.
+struct ParkOnUnwind;
+
+impl Drop for ParkOnUnwind {
+    fn drop(&mut self) {
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+/// Runs `call`, through which the thread may be unwound by `pthread_exit`, but not farther.
+#[inline]
+fn stop_unwinding<R>(call: impl FnOnce() -> R) -> R {
+    let guard = ParkOnUnwind;
+    let result = call();
+    #[expect(clippy::mem_forget, reason = "the guard's drop is for unwinding only")]
+    forget(guard);
+    result
+}
+
+type Vectorcall = unsafe extern "C-unwind" fn(
+    *mut ffi::PyObject,
+    *const *mut ffi::PyObject,
+    usize,
+    *mut ffi::PyObject,
+) -> *mut ffi::PyObject;
+type RichCompareBool = unsafe extern "C-unwind" fn(*mut ffi::PyObject, *mut ffi::PyObject, i32) -> i32;
+type RestoreThread = unsafe extern "C-unwind" fn(*mut ffi::PyThreadState);
+
+/// Calls a Python function with one argument.
+pub(super) fn call1<'py>(
+    function: &Bound<'py, PyAny>,
+    argument: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    // SAFETY: the same function and the same calling convention; only unwinding is no longer ruled out. `black_box`
+    // keeps the compiler from seeing that it is the function declared as never unwinding.
+    let call: Vectorcall = unsafe {
+        std::mem::transmute::<*const (), Vectorcall>(black_box(ffi::PyObject_Vectorcall as *const ()))
+    };
+    let arguments = [argument.as_ptr()];
+    // SAFETY: attached (there is a `Bound`), and the arguments are borrowed for the call.
+    let result = stop_unwinding(|| unsafe { call(function.as_ptr(), arguments.as_ptr(), 1, null_mut()) });
+    // SAFETY: a new reference, or null with an exception set.
+    unsafe { Bound::from_owned_ptr_or_err(function.py(), result) }
+}
+
+/// Runs `wait` while this thread is detached from the interpreter. `wait` must not touch any Python object.
+pub(super) fn detached<R>(_py: Python<'_>, wait: impl FnOnce() -> R) -> R {
+    // SAFETY: as in `call1`.
+    let restore: RestoreThread = unsafe {
+        std::mem::transmute::<*const (), RestoreThread>(black_box(ffi::PyEval_RestoreThread as *const ()))
+    };
+    // SAFETY: attached, as `_py` shows.
+    let state = unsafe { ffi::PyEval_SaveThread() };
+    let result = catch_unwind(AssertUnwindSafe(wait));
+    // SAFETY: the state that this thread has just saved.
+    stop_unwinding(|| unsafe { restore(state) });
+    result.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+/// Whether two keys are one, as in a dict. A comparison that raises answers true and leaves its error to
+/// [`key::take_failure`].
+#[inline]
+pub(super) fn same_key(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> bool {
+    if stored.is(wanted) {
+        return true;
+    }
+    // SAFETY: tables are read by attached threads only.
+    let py = unsafe { Python::assume_attached() };
+    let (stored, wanted) = (stored.bind(py), wanted.bind(py));
+    if stored.is_exact_instance_of::<PyString>() && wanted.is_exact_instance_of::<PyString>() {
+        // SAFETY: both are strings.
+        return unsafe { ffi::PyUnicode_Compare(stored.as_ptr(), wanted.as_ptr()) } == 0;
+    }
+    same_object(stored, wanted)
+}
+
+fn same_object(stored: &Bound<'_, PyAny>, wanted: &Bound<'_, PyAny>) -> bool {
+    // SAFETY: as in `call1`.
+    let compare: RichCompareBool = unsafe {
+        std::mem::transmute::<*const (), RichCompareBool>(black_box(ffi::PyObject_RichCompareBool as *const ()))
+    };
+    // A key's `__eq__` may drop what keeps the other key alive, so both are held for the call.
+    let (held, other) = (stored.clone(), wanted.clone());
+    // SAFETY: attached, and both objects are held.
+    let answer = stop_unwinding(|| unsafe { compare(held.as_ptr(), other.as_ptr(), ffi::Py_EQ) });
+    if answer < 0 {
+        key::remember_failure(PyErr::fetch(stored.py()));
+        return true;
+    }
+    answer == 1
+}
+
+/// The interpreter, for functions that the core calls from threads that came from Python.
+pub(super) fn attached<'py>() -> Python<'py> {
+    // SAFETY: the core is entered by attached threads only, and detaches in `detached` alone, which calls nothing of
+    // Python; the sweeper looks at maps inside `Python::try_attach`.
+    unsafe { Python::assume_attached() }
+}

@@ -1,0 +1,57 @@
+//! The binding: `llm_batch_coalesce._core`.
+
+mod coalescer;
+mod family;
+mod ffi;
+mod hooks;
+mod key;
+mod options;
+mod task;
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+
+use crate::{clock, expiry};
+
+/// Ends the sweeper before the interpreter goes.
+#[pyfunction]
+fn _stop_sweeper(py: Python<'_>) {
+    py.detach(expiry::stop);
+}
+
+/// Moves the clock forward, for tests: what has expired by then is dropped without anybody waiting for it.
+#[pyfunction]
+fn _advance_clock(seconds: &Bound<'_, PyAny>) -> PyResult<()> {
+    let by = options::ttl("seconds", seconds)?;
+    clock::advance(Duration::from_nanos(by.nanos));
+    expiry::wake_now();
+    Ok(())
+}
+
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<coalescer::Coalescer>()?;
+    module.add_class::<coalescer::ThreadCoalescer>()?;
+    module.add_class::<task::Ticket>()?;
+    module.add_class::<task::Token>()?;
+    module.add_function(wrap_pyfunction!(hooks::_install, module)?)?;
+    module.add_function(wrap_pyfunction!(_stop_sweeper, module)?)?;
+    module.add_function(wrap_pyfunction!(_advance_clock, module)?)?;
+
+    // Where only one thread runs at a time, waking two at once makes them wait for each other.
+    let parallel = match py.import("sys")?.getattr_opt("_is_gil_enabled")? {
+        Some(enabled) => !enabled.call0()?.is_truthy()?,
+        None => false,
+    };
+    family::WAKE_FAN.store(if parallel { 2 } else { 1 }, Ordering::Relaxed);
+    expiry::install(|sweep| {
+        // While the interpreter finalizes there is nothing to sweep for.
+        Python::try_attach(|_| sweep());
+    });
+    py.import("atexit")?.call_method1("register", (module.getattr("_stop_sweeper")?,))?;
+    Ok(())
+}

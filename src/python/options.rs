@@ -1,0 +1,43 @@
+//! Checks of arguments. Each error names the argument and its value.
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyBool;
+
+use crate::clock::{FOREVER, Nanos};
+
+/// Seconds as given, and as the core counts them.
+#[derive(Clone, Copy)]
+pub(super) struct Ttl {
+    pub(super) seconds: f64,
+    pub(super) nanos: Nanos,
+}
+
+/// A number of seconds, zero and infinity included.
+pub(super) fn ttl(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Ttl> {
+    let number = if value.is_instance_of::<PyBool>() { None } else { value.extract::<f64>().ok() };
+    let Some(seconds) = number else {
+        let got = value.repr()?;
+        return Err(PyTypeError::new_err(format!("{name} must be a number of seconds, not {got}")));
+    };
+    if seconds.is_nan() || seconds < 0.0 {
+        let got = value.repr()?;
+        return Err(PyValueError::new_err(format!("{name} must be zero or more seconds, not {got}")));
+    }
+    Ok(Ttl { seconds, nanos: nanos(seconds) })
+}
+
+fn nanos(seconds: f64) -> Nanos {
+    // A TTL too small for the clock is still one: the outcome is retained, if only for a moment.
+    let smallest = Nanos::from(seconds > 0.0);
+    std::time::Duration::try_from_secs_f64(seconds).map_or(FOREVER, crate::clock::nanos).max(smallest)
+}
+
+/// The user's callable, looked at before anything is claimed for it.
+pub(super) fn callable(name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
+    if value.is_callable() {
+        return Ok(());
+    }
+    let got = value.repr()?;
+    Err(PyTypeError::new_err(format!("{name} must be callable, not {got}")))
+}

@@ -1,0 +1,58 @@
+"""What several tests need: threads that start together and whose failures are the test's."""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+class Crew:
+    """Threads that start at one barrier; `join` returns their results in order, or raises the first error."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._outcomes: dict[int, Any] = {}
+        self._errors: list[BaseException] = []
+
+    def start(self, count: int, work: Callable[[int], Any]) -> "Crew":
+        barrier = threading.Barrier(count)
+
+        def run(number: int) -> None:
+            try:
+                barrier.wait(30)
+                self._outcomes[number] = work(number)
+            except BaseException as error:  # noqa: BLE001 - it is raised again in `join`
+                self._errors.append(error)
+
+        self._threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def join(self) -> list[Any]:
+        for thread in self._threads:
+            thread.join(50)
+            assert not thread.is_alive(), "a thread hangs"
+        if self._errors:
+            raise self._errors[0]
+        return [self._outcomes[number] for number in sorted(self._outcomes)]
+
+
+@pytest.fixture
+def crew() -> Crew:
+    return Crew()
+
+
+@pytest.fixture
+def crews() -> Callable[[], Crew]:
+    return Crew
+
+
+@pytest.fixture(autouse=True)
+def the_gil_stays_off() -> Any:
+    """On a free-threaded build neither import nor use may enable the GIL."""
+    yield
+    if "free-threading" in sys.version:
+        assert not sys._is_gil_enabled()  # noqa: SLF001 - there is no public name in 3.13
