@@ -218,8 +218,7 @@ mod thread {
                 }
                 let until = state.wake_at.min(if state.wake_at == FOREVER { linger_until } else { FOREVER });
                 let wait = Duration::from_nanos(until - time);
-                state =
-                    self.woken.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+                state = self.woken.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
             }
         }
     }

@@ -9,6 +9,8 @@ use crate::waiter::Waiter;
 pub trait Family: Sized + 'static {
     type Key: Send + Sync;
     type Outcome: Send + Sync;
+    /// Why two keys could not be compared.
+    type Error;
     /// A waiter that is a task of an event loop: what wakes it.
     type Task: Send + Sync;
     /// The call's own task of a flight that is led on an event loop.
@@ -18,10 +20,8 @@ pub trait Family: Sized + 'static {
     /// where they run in parallel.
     fn wake_fan() -> usize;
 
-    /// Equality of keys. One that fails answers true, so that the table stops, and remembers the failure.
-    fn same(stored: &Self::Key, wanted: &Self::Key) -> bool;
-    /// Whether a comparison on this thread has failed and nobody has taken the failure yet.
-    fn comparison_failed() -> bool;
+    /// Equality of keys. It may fail, block, and come back to the map.
+    fn same(stored: &Self::Key, wanted: &Self::Key) -> Result<bool, Self::Error>;
 
     /// Wakes tasks, each on its own loop.
     fn wake_tasks(waiters: Vec<Arc<Waiter<Self>>>);

@@ -120,7 +120,11 @@ pub(crate) enum Left<F: Family> {
     /// It held the offer of the lead.
     HandedOver(HandedOver<F>),
     /// It was the last; the call may be cancelled, and nobody can join the flight any more.
-    Alone { call: F::Call, owned: bool, _rest: Box<Pending<F>> },
+    Alone {
+        call: F::Call,
+        owned: bool,
+        _rest: Box<Pending<F>>,
+    },
 }
 
 impl<F: Family> Flight<F> {
@@ -195,6 +199,11 @@ impl<F: Family> Flight<F> {
     /// The number of the present lead; `None` when the flight is over.
     pub fn epoch(&self) -> Option<u32> {
         self.pending.lock().as_ref().map(|pending| pending.epoch)
+    }
+
+    /// How many callers have joined and wait.
+    pub fn waiters(&self) -> usize {
+        self.pending.lock().as_ref().map_or(0, |open| open.waiters.len())
     }
 
     /// The call's task and the loop that it runs on, if another loop than `from` leads.

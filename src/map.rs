@@ -32,8 +32,6 @@ pub enum Turn<F: Family, R> {
     /// Another caller is computing the outcome: join.
     Join(Arc<Flight<F>>),
     Lead(Lead<F>),
-    /// A comparison of keys failed, and the map is as it was.
-    Failed,
 }
 
 impl<F: Family> Map<F> {
@@ -46,7 +44,7 @@ impl<F: Family> Map<F> {
     pub fn with_shards(shards: usize) -> Arc<Self> {
         Arc::new(Self {
             shards: (0..shards).map(|_| Shard::new()).collect(),
-            hits: Striped::new(2 * cpus()),
+            hits: Striped::new(),
             watched: Mutex::new(Vec::new()),
             dying: Mutex::new(Vec::new()),
             registered: std::sync::atomic::AtomicBool::new(false),
@@ -62,16 +60,18 @@ impl<F: Family> Map<F> {
 
     /// Serves a request from a retained outcome, if there is one.
     #[inline]
-    pub fn hit<R>(&self, hash: u64, key: &F::Key, take: impl FnOnce(&F::Outcome) -> R) -> Option<R> {
-        let shard = self.shard(hash);
-        let hit = shard.table.read(hash, key, |flight| {
-            if F::comparison_failed() { None } else { flight.retained(now_coarse()).map(take) }
-        });
-        let hit = hit.flatten();
-        if hit.is_some() {
-            self.hits.add_one();
-        }
-        hit
+    pub fn hit<R>(
+        &self,
+        hash: u64,
+        key: &F::Key,
+        take: impl FnOnce(&F::Outcome) -> R,
+    ) -> Result<Option<R>, F::Error> {
+        let hit = self.shard(hash).table.read(hash, key, |flight, thread| {
+            let outcome = flight.retained(now_coarse())?;
+            self.hits.add_one(thread);
+            Some(take(outcome))
+        })?;
+        Ok(hit.flatten())
     }
 
     /// Finds what a request has to do, after it [missed](Self::hit): claims a flight if no live one has the key.
@@ -81,22 +81,19 @@ impl<F: Family> Map<F> {
         key: &F::Key,
         own: impl FnOnce() -> F::Key,
         take: impl Fn(&F::Outcome) -> R,
-    ) -> Turn<F, R> {
+    ) -> Result<Turn<F, R>, F::Error> {
+        if let Some(turn) = self.find(hash, key, &take)? {
+            return Ok(turn);
+        }
         let shard = self.shard(hash);
-        let found = shard.table.read(hash, key, Arc::clone);
-        if F::comparison_failed() {
-            return Turn::Failed;
-        }
-        if let Some(turn) = found.and_then(|flight| self.turn_at(flight, &take)) {
-            return turn;
-        }
         let flight = Arc::new(Flight::new(hash, own(), NO_LOOP));
         loop {
-            match shard.table.claim(&flight, now_coarse()) {
-                Claim::Failed => return Turn::Failed,
-                Claim::Taken(other) => {
-                    if let Some(turn) = self.turn_at(other, &take) {
-                        return turn;
+            match shard.table.claim(&flight, now_coarse())? {
+                Claim::Taken(other) if other.state() == State::Pending => return Ok(Turn::Join(other)),
+                // It has landed this moment.
+                Claim::Taken(_) => {
+                    if let Some(turn) = self.find(hash, key, &take)? {
+                        return Ok(turn);
                     }
                 }
                 Claim::Claimed { replaced } => {
@@ -105,18 +102,27 @@ impl<F: Family> Map<F> {
                     }
                     shard.counters.calls.fetch_add(1, Ordering::Relaxed);
                     shard.counters.in_flight.fetch_add(1, Ordering::Relaxed);
-                    return Turn::Lead(Lead { map: Arc::clone(self), flight, epoch: 0, over: false });
+                    return Ok(Turn::Lead(Lead { map: Arc::clone(self), flight, epoch: 0, over: false }));
                 }
             }
         }
     }
 
-    fn turn_at<R>(&self, flight: Arc<Flight<F>>, take: impl Fn(&F::Outcome) -> R) -> Option<Turn<F, R>> {
-        if let Some(outcome) = flight.retained(now_coarse()) {
-            self.hits.add_one();
-            return Some(Turn::Hit(take(outcome)));
-        }
-        (flight.state() == State::Pending).then_some(Turn::Join(flight))
+    /// The turn of a request whose key has a live flight.
+    fn find<R>(
+        &self,
+        hash: u64,
+        key: &F::Key,
+        take: impl Fn(&F::Outcome) -> R,
+    ) -> Result<Option<Turn<F, R>>, F::Error> {
+        let turn = self.shard(hash).table.read(hash, key, |flight, thread| {
+            if let Some(outcome) = flight.retained(now_coarse()) {
+                self.hits.add_one(thread);
+                return Some(Turn::Hit(take(outcome)));
+            }
+            (flight.state() == State::Pending).then(|| Turn::Join(Arc::clone(flight)))
+        })?;
+        Ok(turn.flatten())
     }
 
     /// Takes a seat in a pending flight; `None` when it has just ended, and the request starts over.
@@ -137,10 +143,15 @@ impl<F: Family> Map<F> {
         Some(Place { map: Arc::clone(self), seat })
     }
 
-    /// Whether the key is retained or in flight; `None` when a comparison failed.
-    pub fn contains(&self, hash: u64, key: &F::Key) -> Option<bool> {
-        let found = self.shard(hash).table.read(hash, key, |flight| flight.is_live(now_coarse()));
-        if F::comparison_failed() { None } else { Some(found.unwrap_or(false)) }
+    /// Whether the key is retained or in flight.
+    pub fn contains(&self, hash: u64, key: &F::Key) -> Result<bool, F::Error> {
+        let live = self.shard(hash).table.read(hash, key, |flight, _| flight.is_live(now_coarse()))?;
+        Ok(live.unwrap_or(false))
+    }
+
+    /// How many callers wait for the key's flight.
+    pub fn waiters(&self, hash: u64, key: &F::Key) -> Result<usize, F::Error> {
+        Ok(self.shard(hash).table.read(hash, key, |flight, _| flight.waiters())?.unwrap_or(0))
     }
 
     /// How many keys are retained or in flight.
@@ -221,7 +232,7 @@ impl<F: Family> Map<F> {
     }
 
     /// Looks after the flights that depend on a loop elsewhere. True while there are any.
-    fn tick(self: &Arc<Self>) -> bool {
+    pub fn tick(self: &Arc<Self>) -> bool {
         let watched = std::mem::take(&mut *self.watched.lock());
         let mut still = Vec::new();
         for weak in watched {
@@ -242,7 +253,6 @@ impl<F: Family> Map<F> {
         watched.append(&mut still);
         !watched.is_empty()
     }
-
 }
 
 impl<F: Family> Sweep for Map<F> {

@@ -1,48 +1,36 @@
 //! Counters. What the hit path counts is spread over stripes, each written by few threads.
 
-use std::cell::Cell;
 use std::num::NonZeroUsize;
 
 use crate::sync::{AtomicIsize, AtomicU64, Ordering, Padded};
 
-/// A counter whose increments from several threads go to different cache lines.
-pub(crate) struct Striped(Box<[Padded<AtomicU64>]>);
+/// A counter for the hit path. Each of the first threads has a cache line that only it writes, so that counting needs
+/// no atomic read-modify-write; the others share a few.
+pub(crate) struct Striped {
+    own: Box<[Padded<AtomicU64>]>,
+    shared: Box<[Padded<AtomicU64>]>,
+}
 
 impl Striped {
-    pub(crate) fn new(stripes: usize) -> Self {
-        Self((0..stripes.next_power_of_two()).map(|_| Padded(AtomicU64::new(0))).collect())
+    pub(crate) fn new() -> Self {
+        let stripes = |count: usize| (0..count).map(|_| Padded(AtomicU64::new(0))).collect();
+        Self { own: stripes(4 * cpus()), shared: stripes(cpus().next_power_of_two()) }
     }
 
+    /// `thread` numbers the threads that are alive; no two have the same number at a time.
     #[inline]
-    pub(crate) fn add_one(&self) {
-        let stripe = thread_number() & (self.0.len() - 1);
-        // Relaxed: a count orders nothing.
-        self.0[stripe].0.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn add_one(&self, thread: usize) {
+        // Relaxed: a count orders nothing. A number passes from a thread that has ended to a new one in order.
+        if let Some(Padded(stripe)) = self.own.get(thread) {
+            stripe.store(stripe.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        } else {
+            self.shared[thread & (self.shared.len() - 1)].0.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn sum(&self) -> u64 {
-        self.0.iter().map(|stripe| stripe.0.load(Ordering::Relaxed)).sum()
+        self.own.iter().chain(&self.shared).map(|stripe| stripe.0.load(Ordering::Relaxed)).sum()
     }
-}
-
-#[inline]
-fn thread_number() -> usize {
-    thread_local! {
-        static NUMBER: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-    NUMBER.with(|number| {
-        if number.get() == usize::MAX {
-            number.set(next_number());
-        }
-        number.get()
-    })
-}
-
-#[cold]
-fn next_number() -> usize {
-    // Never loom's: it is no part of any model.
-    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
 }
 
 pub(crate) fn cpus() -> usize {

@@ -1,4 +1,9 @@
 //! Keys to flights. Reading takes no lock, and electing the leader is one atomic operation.
+//!
+//! The table proper maps a hash to the few flights whose keys have it, nearly always one. So keys are compared here,
+//! outside of the table's own operations, where a comparison may fail, block or come back to this table; and any
+//! number of keys may share a hash, which the table itself does not bear (papaya 0.2.5 hangs when it iterates over some
+//! 400 entries of one hash).
 
 use crate::clock::Nanos;
 use crate::family::Family;
@@ -11,8 +16,16 @@ pub(crate) enum Claim<F: Family> {
     Claimed { replaced: Option<Arc<Flight<F>>> },
     /// Another live flight has the key.
     Taken(Arc<Flight<F>>),
-    /// A comparison of keys failed, and nothing was changed.
-    Failed,
+}
+
+/// Looks for a key among flights of its hash.
+fn position<F: Family>(flights: &[Arc<Flight<F>>], key: &F::Key) -> Result<Option<usize>, F::Error> {
+    for (place, flight) in flights.iter().enumerate() {
+        if F::same(flight.key(), key)? {
+            return Ok(Some(place));
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(not(loom))]
@@ -22,69 +35,68 @@ pub(crate) use locked::Table;
 
 #[cfg(not(loom))]
 mod lock_free {
-    use std::hash::{BuildHasherDefault, Hash, Hasher};
+    use std::hash::{BuildHasherDefault, Hasher};
+    use std::slice;
 
-    use papaya::{Compute, Equivalent, Guard, HashMap, Operation};
+    use papaya::{Compute, Guard, HashMap, LocalGuard, Operation};
 
-    use super::{Arc, Claim, Family, Flight, Nanos};
+    use super::{Arc, Claim, Family, Flight, Nanos, position};
+    use crate::sync::{AtomicUsize, Ordering};
 
-    /// Flights by their own keys: the table's key is the flight, which holds the hash and the key proper.
-    pub(crate) struct Table<F: Family>(HashMap<Entry<F>, (), BuildHasherDefault<HashAsIs>>);
+    pub(crate) struct Table<F: Family> {
+        chains: HashMap<u64, Chain<F>, BuildHasherDefault<HashAsIs>>,
+        /// Flights beyond the first of their hash.
+        surplus: AtomicUsize,
+    }
 
-    struct Entry<F: Family>(Arc<Flight<F>>);
+    /// The flights of one hash. Never changed in place: a new chain takes its place.
+    enum Chain<F: Family> {
+        One(Arc<Flight<F>>),
+        Many(Arc<[Arc<Flight<F>>]>),
+    }
 
-    impl<F: Family> Hash for Entry<F> {
-        fn hash<H: Hasher>(&self, state: &mut H) {
-            state.write_u64(self.0.hash());
+    impl<F: Family> Clone for Chain<F> {
+        fn clone(&self) -> Self {
+            match self {
+                Self::One(flight) => Self::One(Arc::clone(flight)),
+                Self::Many(flights) => Self::Many(Arc::clone(flights)),
+            }
         }
     }
 
-    impl<F: Family> PartialEq for Entry<F> {
-        fn eq(&self, other: &Self) -> bool {
-            self.0.hash() == other.0.hash() && F::same(self.0.key(), other.0.key())
-        }
-    }
-
-    impl<F: Family> Eq for Entry<F> {}
-
-    struct ByKey<'a, F: Family> {
-        hash: u64,
-        key: &'a F::Key,
-    }
-
-    impl<F: Family> Hash for ByKey<'_, F> {
-        fn hash<H: Hasher>(&self, state: &mut H) {
-            state.write_u64(self.hash);
-        }
-    }
-
-    impl<F: Family> Equivalent<Entry<F>> for ByKey<'_, F> {
+    impl<F: Family> Chain<F> {
         #[inline]
-        fn equivalent(&self, entry: &Entry<F>) -> bool {
-            self.hash == entry.0.hash() && F::same(entry.0.key(), self.key)
+        fn flights(&self) -> &[Arc<Flight<F>>] {
+            match self {
+                Self::One(flight) => slice::from_ref(flight),
+                Self::Many(flights) => flights,
+            }
         }
-    }
 
-    /// Finds a flight without asking its key, which would run foreign code.
-    struct ByIdentity<'a, F: Family>(&'a Arc<Flight<F>>);
-
-    impl<F: Family> Hash for ByIdentity<'_, F> {
-        fn hash<H: Hasher>(&self, state: &mut H) {
-            state.write_u64(self.0.hash());
-        }
-    }
-
-    impl<F: Family> Equivalent<Entry<F>> for ByIdentity<'_, F> {
-        fn equivalent(&self, entry: &Entry<F>) -> bool {
-            Arc::ptr_eq(self.0, &entry.0)
+        /// What is there without the flight at `except`, and with `more`. `None` for an empty chain.
+        fn of(
+            there: &[Arc<Flight<F>>],
+            except: Option<usize>,
+            more: Option<&Arc<Flight<F>>>,
+        ) -> Option<Self> {
+            if there.len() == usize::from(except.is_some()) {
+                return more.map(|flight| Self::One(Arc::clone(flight)));
+            }
+            let kept = there.iter().enumerate().filter(|&(place, _)| Some(place) != except);
+            let flights: Vec<_> = kept.map(|(_, flight)| flight).chain(more).map(Arc::clone).collect();
+            match &flights[..] {
+                [only] => Some(Self::One(Arc::clone(only))),
+                _ => Some(Self::Many(flights.into())),
+            }
         }
     }
 
     /// Hands on the hash that a key brings along.
     #[derive(Default)]
-    struct HashAsIs(u64);
+    pub(crate) struct HashAsIs(u64);
 
     impl Hasher for HashAsIs {
+        #[inline]
         fn finish(&self) -> u64 {
             self.0
         }
@@ -95,6 +107,7 @@ mod lock_free {
             }
         }
 
+        #[inline]
         fn write_u64(&mut self, hash: u64) {
             self.0 = hash;
         }
@@ -102,38 +115,44 @@ mod lock_free {
 
     impl<F: Family> Table<F> {
         pub(crate) fn new() -> Self {
-            Self(HashMap::builder().hasher(BuildHasherDefault::default()).build())
+            let chains = HashMap::builder().hasher(BuildHasherDefault::default()).build();
+            Self { chains, surplus: AtomicUsize::new(0) }
         }
 
-        /// Reads the flight of a key while the table keeps it alive.
+        /// Reads the flight of a key while the table keeps it alive. `look` gets the thread's number, too.
         #[inline]
         pub(crate) fn read<R>(
             &self,
             hash: u64,
             key: &F::Key,
-            look: impl FnOnce(&Arc<Flight<F>>) -> R,
-        ) -> Option<R> {
-            let table = self.0.pin();
-            table.get_key_value(&ByKey::<F> { hash, key }).map(|(entry, ())| look(&entry.0))
+            look: impl FnOnce(&Arc<Flight<F>>, usize) -> R,
+        ) -> Result<Option<R>, F::Error> {
+            let guard = self.chains.guard();
+            let Some(chain) = self.chains.get(&hash, &guard) else { return Ok(None) };
+            let found = match chain {
+                Chain::One(flight) => F::same(flight.key(), key)?.then_some(flight),
+                Chain::Many(flights) => position(flights, key)?.map(|place| &flights[place]),
+            };
+            Ok(found.map(|flight| look(flight, guard.thread_id())))
         }
 
-        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: Nanos) -> Claim<F> {
-            let guard = self.0.guard();
-            let choose = |found: Option<(&Entry<F>, &())>| match found {
-                _ if F::comparison_failed() => Operation::Abort(None),
-                Some((entry, ())) if entry.0.is_live(now) => Operation::Abort(Some(Arc::clone(&entry.0))),
-                _ => Operation::Insert(()),
-            };
-            let outcome = self.0.compute(Entry(Arc::clone(flight)), choose, &guard);
-            match outcome {
-                Compute::Updated { old, .. } => {
-                    let replaced = Some(Arc::clone(&old.0.0));
-                    guard.flush();
-                    Claim::Claimed { replaced }
+        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: Nanos) -> Result<Claim<F>, F::Error> {
+            let guard = self.chains.guard();
+            loop {
+                let before = self.chains.get(&flight.hash(), &guard);
+                let there = before.map_or(&[][..], Chain::flights);
+                let place = position(there, flight.key())?;
+                let replaced = place.map(|place| Arc::clone(&there[place]));
+                if let Some(live) = replaced.as_ref().filter(|found| found.is_live(now)) {
+                    return Ok(Claim::Taken(Arc::clone(live)));
                 }
-                Compute::Aborted(Some(flight)) => Claim::Taken(flight),
-                Compute::Aborted(None) => Claim::Failed,
-                Compute::Inserted(..) | Compute::Removed(..) => Claim::Claimed { replaced: None },
+                let after = Chain::of(there, place, Some(flight));
+                if self.exchange(flight.hash(), before, after, &guard) {
+                    if replaced.is_some() {
+                        guard.flush();
+                    }
+                    return Ok(Claim::Claimed { replaced });
+                }
             }
         }
 
@@ -141,21 +160,64 @@ mod lock_free {
         ///
         /// What is removed is dropped once no reader can see it, by this thread if it [flushes](Self::flush).
         pub(crate) fn remove(&self, flight: &Arc<Flight<F>>) -> bool {
-            self.0.pin().remove(&ByIdentity(flight)).is_some()
+            let guard = self.chains.guard();
+            loop {
+                let Some(before) = self.chains.get(&flight.hash(), &guard) else { return false };
+                let there = before.flights();
+                let Some(place) = there.iter().position(|found| Arc::ptr_eq(found, flight)) else {
+                    return false;
+                };
+                let after = Chain::of(there, Some(place), None);
+                if self.exchange(flight.hash(), Some(before), after, &guard) {
+                    return true;
+                }
+            }
+        }
+
+        /// Puts a chain in the place of another, if that is still there: one atomic operation.
+        fn exchange(
+            &self,
+            hash: u64,
+            before: Option<&Chain<F>>,
+            after: Option<Chain<F>>,
+            guard: &LocalGuard<'_>,
+        ) -> bool {
+            let surplus = |chain: Option<&Chain<F>>| chain.map_or(0, |chain| chain.flights().len() - 1);
+            let (fewer, more) = (surplus(before), surplus(after.as_ref()));
+            // The guard keeps `before` alive, so that no other chain can have its address.
+            let swap = |there: Option<(&u64, &Chain<F>)>| {
+                let unchanged = match (there, before) {
+                    (None, None) => true,
+                    (Some((_, there)), Some(before)) => std::ptr::eq(there, before),
+                    _ => false,
+                };
+                match &after {
+                    _ if !unchanged => Operation::Abort(()),
+                    Some(chain) => Operation::Insert(chain.clone()),
+                    None => Operation::Remove,
+                }
+            };
+            let done = self.chains.compute(hash, swap, guard);
+            let done = !matches!(done, Compute::Aborted(()));
+            if done && more != fewer {
+                // Relaxed: a count orders nothing. Wrapping, so the order of the two does not matter.
+                self.surplus.fetch_add(more.wrapping_sub(fewer), Ordering::Relaxed);
+            }
+            done
         }
 
         /// Drops what this thread has removed, at once or when the readers that may see it are done.
         pub(crate) fn flush(&self) {
-            self.0.guard().flush();
+            self.chains.guard().flush();
         }
 
         pub(crate) fn len(&self) -> usize {
-            self.0.len()
+            self.chains.len().wrapping_add(self.surplus.load(Ordering::Relaxed))
         }
 
         pub(crate) fn for_each(&self, mut look: impl FnMut(&Arc<Flight<F>>)) {
-            for (entry, ()) in &self.0.pin() {
-                look(&entry.0);
+            for (_, chain) in &self.chains.pin() {
+                chain.flights().iter().for_each(&mut look);
             }
         }
     }
@@ -164,7 +226,7 @@ mod lock_free {
 /// The same operations as one short critical section each, for loom.
 #[cfg(loom)]
 mod locked {
-    use super::{Arc, Claim, Family, Flight, Nanos};
+    use super::{Arc, Claim, Family, Flight, Nanos, position};
     use crate::sync::Mutex;
 
     pub(crate) struct Table<F: Family>(Mutex<Vec<Arc<Flight<F>>>>);
@@ -176,30 +238,27 @@ mod locked {
 
         pub(crate) fn read<R>(
             &self,
-            hash: u64,
+            _hash: u64,
             key: &F::Key,
-            look: impl FnOnce(&Arc<Flight<F>>) -> R,
-        ) -> Option<R> {
-            let flights = self.0.lock();
-            let found = flights.iter().find(|f| f.hash() == hash && F::same(f.key(), key)).cloned();
-            drop(flights);
-            found.map(|flight| look(&flight))
+            look: impl FnOnce(&Arc<Flight<F>>, usize) -> R,
+        ) -> Result<Option<R>, F::Error> {
+            let flights = self.0.lock().clone();
+            let found = position(&flights, key)?.map(|place| &flights[place]);
+            // Past every stripe that a thread has of its own.
+            Ok(found.map(|flight| look(flight, usize::MAX)))
         }
 
-        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: Nanos) -> Claim<F> {
+        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: Nanos) -> Result<Claim<F>, F::Error> {
             let mut flights = self.0.lock();
-            let place =
-                flights.iter_mut().find(|f| f.hash() == flight.hash() && F::same(f.key(), flight.key()));
-            match place {
-                Some(found) if found.is_live(now) => Claim::Taken(Arc::clone(found)),
-                Some(found) => {
-                    Claim::Claimed { replaced: Some(std::mem::replace(found, Arc::clone(flight))) }
-                }
-                None => {
-                    flights.push(Arc::clone(flight));
-                    Claim::Claimed { replaced: None }
-                }
+            let Some(place) = position(&flights, flight.key())? else {
+                flights.push(Arc::clone(flight));
+                return Ok(Claim::Claimed { replaced: None });
+            };
+            if flights[place].is_live(now) {
+                return Ok(Claim::Taken(Arc::clone(&flights[place])));
             }
+            let replaced = std::mem::replace(&mut flights[place], Arc::clone(flight));
+            Ok(Claim::Claimed { replaced: Some(replaced) })
         }
 
         pub(crate) fn remove(&self, flight: &Arc<Flight<F>>) -> bool {

@@ -27,17 +27,13 @@ pub(super) struct Coalescer {
 #[pymethods]
 impl Coalescer {
     #[new]
-    #[pyo3(signature = (ttl_seconds = None, error_ttl_seconds = None))]
+    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, error_ttl_seconds = None))]
+    #[pyo3(text_signature = "(ttl_seconds=5.0, error_ttl_seconds=None)")]
     fn new(
-        ttl_seconds: Option<&Bound<'_, PyAny>>,
-        error_ttl_seconds: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<Self> {
-        let ttl = match ttl_seconds {
-            Some(value) => options::ttl("ttl_seconds", value)?,
-            None => Ttl { seconds: 5.0, nanos: 5_000_000_000 },
-        };
-        let error_ttl = error_ttl_seconds.map(|value| options::ttl("error_ttl_seconds", value)).transpose()?;
-        Ok(Self { map: Map::new(), ttl, error_ttl })
+        #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
+        #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: Option<Ttl>,
+    ) -> Self {
+        Self { map: Map::new(), ttl: ttl_seconds, error_ttl: error_ttl_seconds }
     }
 
     fn __len__(&self) -> usize {
@@ -50,9 +46,7 @@ impl Coalescer {
     }
 
     fn __contains__(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let found = self.map.contains(key::hash(key)?, key.as_unbound());
-        key::take_failure()?;
-        Ok(found.unwrap_or(false))
+        self.map.contains(key::hash(key)?, key.as_unbound())
     }
 
     /// Drops all retained outcomes and disowns the flights under way: their callers still get the outcome, but
@@ -89,10 +83,15 @@ impl Coalescer {
         r#fn: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let hash = key::hash(key)?;
-        match slf.get().hit(hash, key) {
+        match slf.get().hit(hash, key)? {
             Some(shared) => shared.into_result(),
             None => Self::begin_missed(slf, hash, key, r#fn),
         }
+    }
+
+    /// How many callers wait for the flight of a key: lets tests know that all are in.
+    fn _waiters(&self, key: &Bound<'_, PyAny>) -> PyResult<usize> {
+        self.map.waiters(key::hash(key)?, key.as_unbound())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -121,15 +120,13 @@ fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyT
 
 impl Coalescer {
     #[inline]
-    fn hit<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> Option<Shared<'py>> {
+    fn hit<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> PyResult<Option<Shared<'py>>> {
         self.map.hit(hash, key.as_unbound(), |outcome| outcome.share(key.py()))
     }
 
     fn turn<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> PyResult<Turn<Python3, Shared<'py>>> {
         let own = || key.clone().unbind();
-        let turn = self.map.turn(hash, key.as_unbound(), own, |outcome| outcome.share(key.py()));
-        key::take_failure()?;
-        Ok(turn)
+        self.map.turn(hash, key.as_unbound(), own, |outcome| outcome.share(key.py()))
     }
 
     #[cold]
@@ -140,14 +137,12 @@ impl Coalescer {
         r#fn: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
-        key::take_failure()?;
         options::callable("fn", r#fn)?;
         let event_loop = running_loop(py)?;
         let loop_id = event_loop.as_ptr().addr();
         loop {
             let ticket = match this.turn(hash, key)? {
                 Turn::Hit(shared) => return shared.into_result(),
-                Turn::Failed => continue,
                 Turn::Lead(lead) => Ticket::leading(lead, loop_id),
                 Turn::Join(flight) => {
                     if Link::is_current(py, &flight)? {
@@ -193,13 +188,13 @@ pub(super) struct ThreadCoalescer;
 #[pymethods]
 impl ThreadCoalescer {
     #[new]
-    #[pyo3(signature = (ttl_seconds = None, error_ttl_seconds = None))]
+    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, error_ttl_seconds = None))]
+    #[pyo3(text_signature = "(ttl_seconds=5.0, error_ttl_seconds=None)")]
     fn new(
-        ttl_seconds: Option<&Bound<'_, PyAny>>,
-        error_ttl_seconds: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<PyClassInitializer<Self>> {
-        let base = Coalescer::new(ttl_seconds, error_ttl_seconds)?;
-        Ok(PyClassInitializer::from(base).add_subclass(Self))
+        #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
+        #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: Option<Ttl>,
+    ) -> PyClassInitializer<Self> {
+        PyClassInitializer::from(Coalescer::new(ttl_seconds, error_ttl_seconds)).add_subclass(Self)
     }
 
     /// Returns the outcome of `key`: the one retained, that of the call under way, or that of calling `fn()`.
@@ -210,7 +205,7 @@ impl ThreadCoalescer {
         r#fn: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let hash = key::hash(key)?;
-        match slf.as_super().get().hit(hash, key) {
+        match slf.as_super().get().hit(hash, key)? {
             Some(shared) => shared.into_result(),
             None => missed(slf.as_super(), hash, key, r#fn),
         }
@@ -225,12 +220,10 @@ fn missed<'py>(
     r#fn: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let (py, this) = (slf.py(), slf.get());
-    key::take_failure()?;
     options::callable("fn", r#fn)?;
     loop {
         match this.turn(hash, key)? {
             Turn::Hit(shared) => return shared.into_result(),
-            Turn::Failed => {}
             Turn::Lead(lead) => return lead_call(slf, lead, r#fn),
             Turn::Join(flight) => {
                 if Led::includes(&flight) {
@@ -326,9 +319,7 @@ impl Led {
     /// Whether this thread would wait for itself.
     fn includes(flight: &Arc<Flight<Python3>>) -> bool {
         let wanted = Arc::as_ptr(flight);
-        LED.with_borrow(|led| {
-            led.iter().any(|&(own, epoch)| own == wanted && flight.epoch() == Some(epoch))
-        })
+        LED.with_borrow(|led| led.iter().any(|&(own, epoch)| own == wanted && flight.epoch() == Some(epoch)))
     }
 }
 

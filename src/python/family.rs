@@ -7,8 +7,8 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyList;
 
+use super::ffi;
 use super::hooks::Hooks;
-use super::{ffi, key};
 use crate::family::Family;
 use crate::waiter::Waiter;
 
@@ -61,6 +61,7 @@ pub(super) static WAKE_FAN: AtomicUsize = AtomicUsize::new(1);
 impl Family for Python3 {
     type Key = Py<PyAny>;
     type Outcome = Outcome;
+    type Error = PyErr;
     type Task = TaskWaiter;
     /// A weak reference to the task.
     type Call = Py<PyAny>;
@@ -70,13 +71,8 @@ impl Family for Python3 {
     }
 
     #[inline]
-    fn same(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> bool {
+    fn same(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> PyResult<bool> {
         ffi::same_key(stored, wanted)
-    }
-
-    #[inline]
-    fn comparison_failed() -> bool {
-        key::has_failed()
     }
 
     fn wake_tasks(waiters: Vec<std::sync::Arc<Waiter<Self>>>) {
@@ -135,8 +131,7 @@ fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) -> Py
     }
     let set_all = Hooks::get(py)?.set_all_done.bind(py);
     for (event_loop, futures) in elsewhere {
-        let sent =
-            event_loop.bind(py).call_method1(intern!(py, "call_soon_threadsafe"), (set_all, futures));
+        let sent = event_loop.bind(py).call_method1(intern!(py, "call_soon_threadsafe"), (set_all, futures));
         match sent {
             // The loop is closed: its tasks will never run again.
             Err(error) if error.is_instance_of::<pyo3::exceptions::PyRuntimeError>(py) => {}

@@ -10,8 +10,6 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-use super::key;
-
 /// Before CPython 3.14, a thread that takes the interpreter during finalization is ended by `pthread_exit`, whose
 /// unwinding must not reach a frame of PyO3: that aborts the process. So it stops here, and the thread waits for the
 /// process to end.
@@ -75,37 +73,33 @@ pub(super) fn detached<R>(_py: Python<'_>, wait: impl FnOnce() -> R) -> R {
     result.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Whether two keys are one, as in a dict. A comparison that raises answers true and leaves its error to
-/// [`key::take_failure`].
+/// Whether two keys are one, as in a dict.
 #[inline]
-pub(super) fn same_key(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> bool {
+pub(super) fn same_key(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> PyResult<bool> {
     if stored.is(wanted) {
-        return true;
+        return Ok(true);
     }
-    // SAFETY: tables are read by attached threads only.
-    let py = unsafe { Python::assume_attached() };
+    let py = attached();
     let (stored, wanted) = (stored.bind(py), wanted.bind(py));
     if stored.is_exact_instance_of::<PyString>() && wanted.is_exact_instance_of::<PyString>() {
-        // SAFETY: both are strings.
-        return unsafe { ffi::PyUnicode_Compare(stored.as_ptr(), wanted.as_ptr()) } == 0;
+        // SAFETY: both are strings, and comparing those cannot fail.
+        return Ok(unsafe { ffi::PyUnicode_Compare(stored.as_ptr(), wanted.as_ptr()) } == 0);
     }
-    same_object(stored, wanted)
+    compare(stored, wanted)
 }
 
-fn same_object(stored: &Bound<'_, PyAny>, wanted: &Bound<'_, PyAny>) -> bool {
+fn compare(stored: &Bound<'_, PyAny>, wanted: &Bound<'_, PyAny>) -> PyResult<bool> {
     // SAFETY: as in `call1`.
     let compare: RichCompareBool = unsafe {
-        std::mem::transmute::<*const (), RichCompareBool>(black_box(ffi::PyObject_RichCompareBool as *const ()))
+        std::mem::transmute::<*const (), RichCompareBool>(black_box(
+            ffi::PyObject_RichCompareBool as *const (),
+        ))
     };
-    // A key's `__eq__` may drop what keeps the other key alive, so both are held for the call.
-    let (held, other) = (stored.clone(), wanted.clone());
-    // SAFETY: attached, and both objects are held.
-    let answer = stop_unwinding(|| unsafe { compare(held.as_ptr(), other.as_ptr(), ffi::Py_EQ) });
-    if answer < 0 {
-        key::remember_failure(PyErr::fetch(stored.py()));
-        return true;
+    // SAFETY: attached. The caller holds the one key, and the table's guard the flight that holds the other.
+    match stop_unwinding(|| unsafe { compare(stored.as_ptr(), wanted.as_ptr(), ffi::Py_EQ) }) {
+        -1 => Err(PyErr::fetch(stored.py())),
+        answer => Ok(answer == 1),
     }
-    answer == 1
 }
 
 /// The interpreter, for functions that the core calls from threads that came from Python.

@@ -26,7 +26,9 @@ static HOOKS: PyOnceLock<Hooks> = PyOnceLock::new();
 
 impl Hooks {
     pub(super) fn get(py: Python<'_>) -> PyResult<&Hooks> {
-        HOOKS.get(py).ok_or_else(|| PyRuntimeError::new_err("llm_batch_coalesce._core was imported on its own"))
+        HOOKS
+            .get(py)
+            .ok_or_else(|| PyRuntimeError::new_err("llm_batch_coalesce._core was imported on its own"))
     }
 }
 
@@ -42,8 +44,7 @@ pub(super) fn _install(
     cancel_call: Py<PyAny>,
     call_is_lost: Py<PyAny>,
 ) -> PyResult<()> {
-    let set_all_done =
-        wrap_pyfunction!(super::family::set_all_done, py)?.into_any().unbind();
+    let set_all_done = wrap_pyfunction!(super::family::set_all_done, py)?.into_any().unbind();
     let hooks = Hooks { run, settle, copy_error, recursive_error, cancel_call, call_is_lost, set_all_done };
     // A second import (a reload) brings the same functions.
     let _ = HOOKS.set(py, hooks);

@@ -1,40 +1,21 @@
 //! Python objects as keys.
 
-use std::cell::{Cell, RefCell};
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyo3::prelude::*;
 
-thread_local! {
-    static FAILED: Cell<bool> = const { Cell::new(false) };
-    static FAILURE: RefCell<Option<PyErr>> = const { RefCell::new(None) };
-}
+/// Keeps others from choosing integers that collide in the table; set when the module is initialised.
+static SEED: AtomicU64 = AtomicU64::new(0);
 
-/// Keeps the error of a key's `__eq__` until the operation on the table is over.
-pub(super) fn remember_failure(error: PyErr) {
-    // The first one counts, as in a dict.
-    let surplus = if FAILED.replace(true) { Some(error) } else { FAILURE.replace(Some(error)) };
-    drop(surplus);
-}
-
-#[inline]
-pub(super) fn has_failed() -> bool {
-    FAILED.get()
-}
-
-/// Hands over the error, if there was one.
-pub(super) fn take_failure() -> PyResult<()> {
-    if FAILED.replace(false)
-        && let Some(error) = FAILURE.take()
-    {
-        return Err(error);
-    }
-    Ok(())
+pub(super) fn seed() {
+    SEED.store(std::hash::RandomState::new().hash_one(0), Ordering::Relaxed);
 }
 
 /// Python's hash of a key, mixed: small integers hash to themselves, and the table wants all bits to matter.
 #[inline]
 pub(super) fn hash(key: &Bound<'_, PyAny>) -> PyResult<u64> {
-    Ok(mix(key.hash()?.cast_unsigned() as u64))
+    Ok(mix(key.hash()?.cast_unsigned() as u64 ^ SEED.load(Ordering::Relaxed)))
 }
 
 /// The finalizer of `MurmurHash3` (Austin Appleby, public domain).

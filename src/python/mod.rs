@@ -42,6 +42,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(_stop_sweeper, module)?)?;
     module.add_function(wrap_pyfunction!(_advance_clock, module)?)?;
 
+    key::seed();
     // Where only one thread runs at a time, waking two at once makes them wait for each other.
     let parallel = match py.import("sys")?.getattr_opt("_is_gil_enabled")? {
         Some(enabled) => !enabled.call0()?.is_truthy()?,

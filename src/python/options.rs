@@ -13,6 +13,20 @@ pub(super) struct Ttl {
     pub(super) nanos: Nanos,
 }
 
+impl Ttl {
+    pub(super) const DEFAULT: Self = Self { seconds: 5.0, nanos: 5_000_000_000 };
+}
+
+/// For the argument of this name.
+pub(super) fn ttl_seconds(value: &Bound<'_, PyAny>) -> PyResult<Ttl> {
+    ttl("ttl_seconds", value)
+}
+
+/// For the argument of this name; None stands for the `ttl_seconds` in force.
+pub(super) fn error_ttl_seconds(value: &Bound<'_, PyAny>) -> PyResult<Option<Ttl>> {
+    if value.is_none() { Ok(None) } else { ttl("error_ttl_seconds", value).map(Some) }
+}
+
 /// A number of seconds, zero and infinity included.
 pub(super) fn ttl(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Ttl> {
     let number = if value.is_instance_of::<PyBool>() { None } else { value.extract::<f64>().ok() };

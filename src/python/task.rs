@@ -60,8 +60,7 @@ impl Ticket {
     ) -> PyResult<Option<Self>> {
         let py = event_loop.py();
         let future = event_loop.call_method0(intern!(py, "create_future"))?;
-        let task =
-            TaskWaiter { event_loop: event_loop.clone().unbind(), future: future.clone().unbind() };
+        let task = TaskWaiter { event_loop: event_loop.clone().unbind(), future: future.clone().unbind() };
         let loop_id = event_loop.as_ptr().addr();
         Ok(map.join(flight, loop_id, Wakeup::Task(task)).map(|place| Self {
             place: Slot::new(Some(Arc::new(place))),
@@ -167,11 +166,7 @@ impl Token {
 impl Token {
     /// Marks the current context as that of this call.
     fn enter(&self, py: Python<'_>) -> PyResult<()> {
-        let link = self
-            .lead
-            .lock()
-            .as_ref()
-            .map(|lead| (Arc::downgrade(lead.flight()), lead.epoch()));
+        let link = self.lead.lock().as_ref().map(|lead| (Arc::downgrade(lead.flight()), lead.epoch()));
         let Some((flight, epoch)) = link else { return Ok(()) };
         let current = Link::variable(py)?;
         let parent = current.call_method0(intern!(py, "get"))?;
