@@ -70,22 +70,32 @@ pub(crate) struct Landed<F: Family> {
     _untaken: Option<F::Outcome>,
 }
 
-/// The lead went to another caller, or there was none and the flight ended.
+/// Whom the lead of a flight went to.
+pub(crate) enum NextLead {
+    /// There was nobody, and the flight ended; `owned` if the table still has it.
+    Nobody {
+        owned: bool,
+    },
+    Thread,
+    /// It is offered to a task, which may not come for it.
+    Task,
+}
+
 pub(crate) struct HandedOver<F: Family> {
-    pub(crate) ended: bool,
-    pub(crate) owned: bool,
+    pub(crate) to: NextLead,
     /// Whether the caller whose call ended was still there.
     pub(crate) caller_present: bool,
-    /// The new lead is offered to a task, which may not come for it.
-    pub(crate) offered_to_task: bool,
     wake: Wake<F>,
-    _rest: Option<Box<Pending<F>>>,
-    _call: Option<F::Call>,
+    // Dropped late, since they may hold foreign objects.
+    rest: Option<Box<Pending<F>>>,
+    call: Option<F::Call>,
 }
 
 impl<F: Family> HandedOver<F> {
     pub(crate) fn wake(self) {
-        self.wake.now();
+        let Self { wake, rest, call, .. } = self;
+        wake.now();
+        drop((rest, call));
     }
 }
 
@@ -333,35 +343,29 @@ impl<F: Family> Flight<F> {
 
     /// Offers the lead to the first waiter, or ends the flight.
     fn offer_next(&self, mut slot: MutexGuard<'_, Option<Box<Pending<F>>>>) -> HandedOver<F> {
-        let mut handed = HandedOver {
-            ended: false,
-            owned: false,
-            caller_present: false,
-            offered_to_task: false,
-            wake: Wake::nobody(),
-            _rest: None,
-            _call: None,
-        };
+        let nobody = NextLead::Nobody { owned: false };
+        let mut handed =
+            HandedOver { to: nobody, caller_present: false, wake: Wake::nobody(), rest: None, call: None };
         let Some(open) = slot.as_mut() else { return handed };
         open.epoch += 1;
         open.offer = None;
-        handed._call = open.call.take();
-        handed.owned = open.owned;
-        if let Some(next) = open.waiters.pop_front() {
-            next.set_fate(Fate::Offered);
-            open.led_on = next.loop_id;
-            if next.task().is_some() {
-                handed.offered_to_task = true;
-                handed.wake.tasks.push(Arc::clone(&next));
-            } else {
-                handed.wake.one = Some(Arc::clone(&next));
-            }
-            open.offer = Some(Offer { to: next, since: now() });
-        } else {
-            handed.ended = true;
-            handed._rest = slot.take();
+        handed.call = open.call.take();
+        let Some(next) = open.waiters.pop_front() else {
+            handed.to = NextLead::Nobody { owned: open.owned };
+            handed.rest = slot.take();
             self.set_state(State::Ended);
+            return handed;
+        };
+        next.set_fate(Fate::Offered);
+        open.led_on = next.loop_id;
+        if next.task().is_some() {
+            handed.to = NextLead::Task;
+            handed.wake.tasks.push(Arc::clone(&next));
+        } else {
+            handed.to = NextLead::Thread;
+            handed.wake.one = Some(Arc::clone(&next));
         }
+        open.offer = Some(Offer { to: next, since: now() });
         handed
     }
 

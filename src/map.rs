@@ -3,7 +3,7 @@
 use crate::clock::{Nanos, now, now_coarse};
 use crate::expiry::{self, Sweep, Swept};
 use crate::family::Family;
-use crate::flight::{Flight, HandedOver, Left, Seat, State};
+use crate::flight::{Flight, HandedOver, Left, NextLead, Seat, State};
 use crate::shard::Shard;
 use crate::stats::{Stats, Striped, cpus};
 use crate::sync::{Arc, Mutex, Ordering, Weak};
@@ -155,7 +155,7 @@ impl<F: Family> Map<F> {
     }
 
     /// How many keys are retained or in flight.
-    pub fn len(&self) -> usize {
+    pub fn keys(&self) -> usize {
         let now = now();
         self.shards
             .iter()
@@ -203,10 +203,10 @@ impl<F: Family> Map<F> {
     }
 
     fn settle(self: &Arc<Self>, flight: &Arc<Flight<F>>, handed: HandedOver<F>) {
-        if handed.ended {
-            self.flight_over(flight, handed.owned);
-        } else if handed.offered_to_task {
-            self.watch(flight);
+        match handed.to {
+            NextLead::Nobody { owned } => self.flight_over(flight, owned),
+            NextLead::Task => self.watch(flight),
+            NextLead::Thread => {}
         }
         handed.wake();
     }

@@ -147,7 +147,7 @@ mod lock_free {
                     return Ok(Claim::Taken(Arc::clone(live)));
                 }
                 let after = Chain::of(there, place, Some(flight));
-                if self.exchange(flight.hash(), before, after, &guard) {
+                if self.exchange(flight.hash(), before, after.as_ref(), &guard) {
                     if replaced.is_some() {
                         guard.flush();
                     }
@@ -168,7 +168,7 @@ mod lock_free {
                     return false;
                 };
                 let after = Chain::of(there, Some(place), None);
-                if self.exchange(flight.hash(), Some(before), after, &guard) {
+                if self.exchange(flight.hash(), Some(before), after.as_ref(), &guard) {
                     return true;
                 }
             }
@@ -179,11 +179,11 @@ mod lock_free {
             &self,
             hash: u64,
             before: Option<&Chain<F>>,
-            after: Option<Chain<F>>,
+            after: Option<&Chain<F>>,
             guard: &LocalGuard<'_>,
         ) -> bool {
             let surplus = |chain: Option<&Chain<F>>| chain.map_or(0, |chain| chain.flights().len() - 1);
-            let (fewer, more) = (surplus(before), surplus(after.as_ref()));
+            let (fewer, more) = (surplus(before), surplus(after));
             // The guard keeps `before` alive, so that no other chain can have its address.
             let swap = |there: Option<(&u64, &Chain<F>)>| {
                 let unchanged = match (there, before) {
@@ -191,7 +191,7 @@ mod lock_free {
                     (Some((_, there)), Some(before)) => std::ptr::eq(there, before),
                     _ => false,
                 };
-                match &after {
+                match after {
                     _ if !unchanged => Operation::Abort(()),
                     Some(chain) => Operation::Insert(chain.clone()),
                     None => Operation::Remove,

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, Self, TypeVar, final
 from weakref import ReferenceType
 
 _T = TypeVar("_T")
@@ -12,7 +12,7 @@ __version__: Final[str]
 class Coalescer:
     """What both kinds of coalescer have: the map, the options, and the questions about them."""
 
-    def __new__(cls, ttl_seconds: float = 5.0, error_ttl_seconds: float | None = None) -> Coalescer: ...
+    def __new__(cls, ttl_seconds: float = 5.0, error_ttl_seconds: float | None = None) -> Self: ...
     def __len__(self) -> int: ...
     def __bool__(self) -> bool: ...
     def __contains__(self, key: object) -> bool: ...
@@ -28,7 +28,7 @@ class Coalescer:
 class ThreadCoalescer(Coalescer):
     """The coalescer of threads."""
 
-    def __new__(cls, ttl_seconds: float = 5.0, error_ttl_seconds: float | None = None) -> ThreadCoalescer: ...
+    def __new__(cls, ttl_seconds: float = 5.0, error_ttl_seconds: float | None = None) -> Self: ...
     def get_or_call(self, key: Hashable, fn: Callable[[], _T]) -> _T:
         """Return the outcome of `key`: the one retained, that of the call under way, or that of calling `fn()`.
 

@@ -37,10 +37,11 @@ impl Coalescer {
     }
 
     fn __len__(&self) -> usize {
-        self.map.len()
+        self.map.keys()
     }
 
     // Without it an empty coalescer would be false, and `coalescer or default` a trap.
+    #[expect(clippy::unused_self, reason = "Python calls it on an instance")]
     fn __bool__(&self) -> bool {
         true
     }
@@ -60,7 +61,7 @@ impl Coalescer {
         let name = slf.get_type().name()?;
         let seconds = |ttl: Ttl| pyo3::types::PyFloat::new(slf.py(), ttl.seconds).to_string();
         // What has expired is not retained, though it may wait for the sweeper.
-        let kept = this.map.len();
+        let kept = this.map.keys();
         let stats = this.map.stats();
         let errors = this.error_ttl.map(|ttl| format!(", error_ttl_seconds={}", seconds(ttl)));
         Ok(format!(
