@@ -19,10 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import httpx2
-import pytest
-from rich.console import Console
-
 import llm_batch_coalesce
+import pytest
 from llm_batch_coalesce.__main__ import main
 from llm_batch_coalesce._demo.errors import DemoError
 from llm_batch_coalesce._demo.glossary import load_glossary
@@ -33,6 +31,7 @@ from llm_batch_coalesce._demo.stand_in import running_stand_in
 from llm_batch_coalesce._demo.trace import make_trace
 from llm_batch_coalesce._demo.upstream import Tally
 from llm_batch_coalesce._demo.windows import Call, count_windows
+from rich.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +40,7 @@ USERS, REQUESTS = 40, 50
 SMALL = ("--users", str(USERS), "--requests", str(REQUESTS))
 NOT_INHERITED = {"FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "COLUMNS", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 TABLE_ROW = re.compile(
-    r"^ *((?:threads|tasks)(?: \+ coalescer)?) +(\d+) +(\d+) +(\d+) \((\d+)%\) .* (\S+) *$", re.MULTILINE
+    r"^((?:threads|tasks)(?: \+ coalescer)?)[ |]+(\d+)[ |]+(\d+)[ |]+(\d+) \((\d+)%\) .*[ |]([^ |\n]+) *$", re.MULTILINE
 )
 
 COMPLETION = {"choices": [{"message": {"role": "assistant", "content": "A loan."}}]}
@@ -75,7 +74,7 @@ def environment(**more: str) -> dict[str, str]:
 def run_demo(*arguments: str, prelude: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """Run the demo in a process of its own, after the Python code in ``prelude``."""
     start = ["-c", prelude + RUN] if prelude else ["-m", "llm_batch_coalesce"]
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [sys.executable, *start, "demo", *arguments],
         capture_output=True,
         encoding="utf-8",
@@ -100,25 +99,38 @@ def asked_terms(**changes: int) -> set[str]:
 
 
 class Server(ThreadingHTTPServer):
-    """A provider that gives everybody the same answer."""
+    """A provider that gives everybody the same answer, or none after the first ``hold_after`` requests."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, status: int, body: bytes) -> None:
+    def __init__(self, status: int, body: bytes, hold_after: float) -> None:
         """Listen on a free port."""
         super().__init__(("127.0.0.1", 0), Handler)
         self.status = status
         self.body = body
-        self.keys: Counter[str | None] = Counter()
-        self.models: Counter[str] = Counter()
+        self.asked: list[tuple[str | None, str]] = []
+        """The Authorization header and the model of each request."""
+        self.holding = threading.Event()
+        self.release = threading.Event()
+        self._hold_after = hold_after
+        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
         """The base URL to give to the demo."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+    def ask(self, key: str | None, model: str) -> None:
+        """Take down a request, and keep it waiting if it is one too many."""
+        with self._lock:
+            self.asked.append((key, model))
+            hold = len(self.asked) > self._hold_after
+        if hold:
+            self.holding.set()
+            self.release.wait()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Keep quiet about clients that hang up."""
 
 
@@ -130,14 +142,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.keys[self.headers["Authorization"]] += 1
-        self.server.models[request["model"]] += 1
+        self.server.ask(self.headers["Authorization"], request["model"])
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
         self.wfile.write(self.server.body)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Keep quiet."""
 
 
@@ -154,17 +165,25 @@ def serve(server: socketserver.BaseServer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def serving(status: int, body: bytes) -> Iterator[Server]:
+def serving(status: int, body: bytes, *, hold_after: float = float("inf")) -> Iterator[Server]:
     """Serve one answer to everything."""
-    with Server(status, body) as server, serve(server):
-        yield server
+    with Server(status, body, hold_after) as server, serve(server):
+        try:
+            yield server
+        finally:
+            server.release.set()
 
 
-def test_the_demo_shows_that_each_term_is_asked_for_once() -> None:
-    demo = run_demo(*SMALL, "--latency", "0.02", "--ttl", "60")
-    assert (demo.returncode, demo.stderr) == (0, "")
+@pytest.fixture(scope="module")
+def small_demo() -> subprocess.CompletedProcess[str]:
+    """Run the demo once, on an output that is no terminal and knows ASCII only."""
+    return run_demo(*SMALL, "--latency=0.02", "--ttl=60", PYTHONIOENCODING="ascii")
+
+
+def test_the_demo_shows_that_each_term_is_asked_for_once(small_demo: subprocess.CompletedProcess[str]) -> None:
+    assert (small_demo.returncode, small_demo.stderr) == (0, "")
     terms = len(asked_terms())
-    rows = {run: numbers for run, *numbers in TABLE_ROW.findall(demo.stdout)}
+    rows = {run: numbers for run, *numbers in TABLE_ROW.findall(small_demo.stdout)}
     shared = [str(REQUESTS), str(terms), str(REQUESTS - terms), f"{(REQUESTS - terms) / REQUESTS * 100:.0f}"]
     assert list(rows) == ["threads", "threads + coalescer", "tasks", "tasks + coalescer"]
     for readers in ("threads", "tasks"):
@@ -173,20 +192,18 @@ def test_the_demo_shows_that_each_term_is_asked_for_once() -> None:
         *numbers, shared_cost = rows[f"{readers} + coalescer"]
         assert numbers == shared
         assert 0.0 < float(shared_cost.removeprefix("$")) < float(cost.removeprefix("$"))
-    assert f"there were {terms} (threads) and {terms} (tasks) pairs of a term and a TTL window of 60 s" in demo.stdout
+    assert f"{terms} (threads) and {terms} (tasks) pairs of term and 60 s TTL window" in small_demo.stdout
 
 
-def test_output_that_is_no_terminal_gets_plain_lines_that_fit_it() -> None:
-    demo = run_demo("--users=40", "--requests=20", "--latency=0", PYTHONIOENCODING="ascii")
-    assert (demo.returncode, demo.stderr) == (0, "")
-    assert "\x1b" not in demo.stdout
-    assert demo.stdout.isascii()
-    lines = [line.rstrip() for line in demo.stdout.splitlines()]
-    assert f"tasks               {44 * '#'} 20" in lines
-    assert max(map(len, lines)) <= 100
+def test_output_that_is_no_terminal_gets_plain_lines_that_fit_it(small_demo: subprocess.CompletedProcess[str]) -> None:
+    lines = [line.rstrip() for line in small_demo.stdout.splitlines()]
+    assert small_demo.stdout.isascii()
+    assert "\x1b" not in small_demo.stdout
+    assert max(map(len, lines)) <= 80
+    assert f"tasks               {44 * '#'} {REQUESTS}" in lines
     progress = [line for line in lines if line.startswith("[1/4] threads: ")]
-    assert [line.split()[2] for line in progress] == ["20", "5", "10", "15", "20"]
-    assert progress[-1] == "[1/4] threads: 20 answered, 20 upstream calls"
+    assert [line.split()[2] for line in progress] == ["50", "13", "25", "38", "50"]
+    assert progress[-1] == "[1/4] threads: 50 answered, 50 upstream calls"
 
 
 def test_the_bound_holds_when_outcomes_expire_during_the_run() -> None:
@@ -216,8 +233,7 @@ def test_a_real_server_is_asked_with_model_and_key_and_counted_by_the_client() -
     assert f"{server.url} (model small[bold])" in demo.stdout
     assert "secret" not in demo.stdout
     assert "No cost" in demo.stdout
-    assert set(server.keys) == {"Bearer secret"}
-    assert server.models == {"small[bold]": 2 * REQUESTS + 2 * len(asked_terms())}
+    assert Counter(server.asked) == {("Bearer secret", "small[bold]"): 2 * REQUESTS + 2 * len(asked_terms())}
     rows = {run: numbers for run, *numbers in TABLE_ROW.findall(demo.stdout)}
     assert rows["tasks + coalescer"][1] == str(len(asked_terms()))
     assert rows["tasks + coalescer"][-1] == "n/a"  # the answers have no usage
@@ -243,15 +259,23 @@ def test_tokens_come_from_the_usage_field_of_a_real_server() -> None:
         (500, b"<h1>oops</h1>", ["HTTP 500 Internal Server Error;", "server's log"]),
         (302, b"", ["HTTP 302 Found;", "--base-url"]),
         (200, b"<html>welcome</html>", ["no chat completion", "--base-url"]),
-        (200, b'{"choices": []}', ["no chat completion"]),
-        (200, b"[" * 100_000, ["no chat completion"]),
-        (200, b'{"choices": [{"message": {"content": null}}]}', ["no chat completion"]),
     ],
 )
 def test_a_server_that_gives_no_answer_is_named_in_one_line(status: int, body: bytes, said: list[str]) -> None:
     with serving(status, body) as server:
         demo = run_demo(*SMALL, "--base-url", server.url, "--model", "m")
     assert_failed_in_one_line(demo, f"{server.url}/chat/completions answered", *said)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xff", b"[]", b"[" * 100_000, b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}'],
+)
+def test_an_answer_that_is_no_chat_completion_is_told_from_one(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(200, body) as server:
+        assert main(["demo", *SMALL, "--base-url", server.url, "--model", "m"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "answered with something that is no chat completion" in line
 
 
 def test_a_server_that_is_down_is_named_in_one_line() -> None:
@@ -292,20 +316,25 @@ def test_a_stand_in_that_cannot_start_is_an_error_in_one_line(obstacle: str) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be sent Ctrl-C alone on Windows")
-@pytest.mark.parametrize("run", ["[2/4] threads + coalescer", "[4/4] tasks + coalescer"])
-def test_ctrl_c_ends_the_demo_with_one_line(run: str) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "llm_batch_coalesce", "demo", "--users=20", "--requests=20", "--latency=0.2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=environment(),
-    ) as demo:
-        assert demo.stdout is not None
-        next(line for line in demo.stdout if line.startswith(f"{run}: ") and "answered" in line)
+@pytest.mark.parametrize("runs_before", [0, 1, 2, 3])
+def test_ctrl_c_ends_the_demo_with_one_line_whatever_is_in_flight(runs_before: int) -> None:
+    small = ("--users=40", "--requests=20", "--ttl=60")
+    calls = [20, len(asked_terms(requests=20)), 20]
+    with (
+        serving(200, json.dumps(COMPLETION).encode(), hold_after=sum(calls[:runs_before])) as server,
+        subprocess.Popen(
+            [*(sys.executable, "-m", "llm_batch_coalesce", "demo"), *small, "--base-url", server.url, "--model", "m"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment(),
+        ) as demo,
+    ):
+        assert server.holding.wait(timeout=25)
         demo.send_signal(signal.SIGINT)
-        _, errors = demo.communicate(timeout=25)
+        output, errors = demo.communicate(timeout=25)
     assert (demo.returncode, errors) == (130, "interrupted before the demo had finished\n")
+    assert f"[{runs_before + 1}/4]" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +443,7 @@ def test_a_terminal_gets_bars_with_the_calls_so_far() -> None:
         for _ in range(3):
             answered()
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue())
-    assert re.search(r"threads .* 3/3 +1 upstream calls", text)
+    assert re.search(r"threads .* 3/3 +1 calls", text)
 
 
 def test_the_stand_in_answers_like_a_provider_and_keeps_its_books() -> None:
@@ -439,7 +468,7 @@ def test_the_stand_in_answers_like_a_provider_and_keeps_its_books() -> None:
 
 def test_the_stand_in_ends_with_the_demo_however_that_ends() -> None:
     command = [sys.executable, "-m", "llm_batch_coalesce._demo.provider", "--latency=0", "--price=0"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as provider:  # noqa: S603
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as provider:
         assert provider.stdin is not None
         assert provider.stdout is not None
         assert int(provider.stdout.readline()) > 0

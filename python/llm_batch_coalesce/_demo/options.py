@@ -1,0 +1,175 @@
+"""What the demo can be told, and the checks that a value must pass."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# A reader takes one socket here and one in the stand-in; many systems stop a process at 1,024 open files.
+MAX_USERS = 500
+
+DEFAULT_LATENCY = 0.4
+STAND_IN_MODEL = "glossary"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The demo's settings, checked."""
+
+    users: int
+    requests: int
+    latency_seconds: float
+    ttl_seconds: float
+    seed: int
+    price: float
+    """US dollars for 1,000 tokens."""
+    base_url: str | None
+    """A real server's, without a trailing slash; None stands for the built-in stand-in."""
+    model: str
+    api_key: str | None = field(repr=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the demo's options to ``parser``."""
+    story = parser.add_argument_group("the story")
+    story.add_argument(
+        "--users",
+        type=_whole_number(1, MAX_USERS),
+        default=50,
+        metavar="N",
+        help="readers, each a thread and then an asyncio task (default: %(default)s)",
+    )
+    story.add_argument(
+        "--requests",
+        type=_whole_number(1, 1_000_000),
+        default=400,
+        metavar="N",
+        help="hovers of all readers together; every one of the four runs replays them (default: %(default)s)",
+    )
+    story.add_argument(
+        "--ttl",
+        type=_number(allow_infinity=True),
+        default=5.0,
+        metavar="SECONDS",
+        help="how long the coalescer keeps an answer (default: %(default)s)",
+    )
+    story.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the hovers (default: %(default)s)")
+    provider = parser.add_argument_group("the provider")
+    provider.add_argument(
+        "--latency",
+        type=_number(),
+        metavar="SECONDS",
+        help=f"how long the stand-in takes to answer (default: {DEFAULT_LATENCY})",
+    )
+    provider.add_argument(
+        "--price",
+        type=_number(),
+        default=0.01,
+        metavar="USD",
+        help="price of 1,000 tokens (default: %(default)s)",
+    )
+    provider.add_argument(
+        "--base-url",
+        type=_base_url,
+        metavar="URL",
+        help="an OpenAI-compatible server to ask instead of the stand-in, such as http://127.0.0.1:11434/v1; "
+        "the two runs without the coalescer send it every hover, so begin with a small --requests",
+    )
+    provider.add_argument("--model", metavar="NAME", help="the model to ask for; needed with --base-url")
+    provider.add_argument(
+        "--api-key-env",
+        metavar="VARIABLE",
+        help="the environment variable that holds the API key (default: no key is sent)",
+    )
+
+
+def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
+    """Turn parsed ``arguments`` into options.
+
+    Raises:
+        SystemExit: Options contradict each other or the API key cannot be used; ``parser`` has said which.
+    """
+    if arguments.base_url is None:
+        for name, value in (("--model", arguments.model), ("--api-key-env", arguments.api_key_env)):
+            if value is not None:
+                parser.error(f"argument {name}: needs --base-url, the stand-in has no use for it")
+    else:
+        if not arguments.model or not arguments.model.isprintable():
+            parser.error("argument --model: name the model to ask for, as --base-url is given")
+        if arguments.latency is not None:
+            parser.error("argument --latency: belongs to the stand-in, leave it out with --base-url")
+    return Options(
+        users=arguments.users,
+        requests=arguments.requests,
+        latency_seconds=DEFAULT_LATENCY if arguments.latency is None else arguments.latency,
+        ttl_seconds=arguments.ttl,
+        seed=arguments.seed,
+        price=arguments.price,
+        base_url=arguments.base_url,
+        model=arguments.model or STAND_IN_MODEL,
+        api_key=None if arguments.api_key_env is None else _api_key(parser, arguments.api_key_env),
+    )
+
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            message = f"must be a whole number from {low:,} to {high:,}, not {text!r}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return parse
+
+
+def _number(*, allow_infinity: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        # A NaN fails this comparison too.
+        if not value >= 0.0 or (math.isinf(value) and not allow_infinity):
+            message = f"must be a number that is not negative, not {text!r}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return parse
+
+
+def _base_url(text: str) -> str:
+    problem = "must look like http://host:port/v1"
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    else:
+        if "@" in parts.netloc:
+            # The URL is shown in error messages, a password must not be; nor is it repeated here.
+            message = "must hold no user name or password; name a key's environment variable with --api-key-env"
+            raise argparse.ArgumentTypeError(message)
+        usable = usable and not parts.query and not parts.fragment and text.isprintable() and " " not in text
+    if not usable:
+        message = f"{problem}, not {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return text.rstrip("/")
+
+
+def _api_key(parser: argparse.ArgumentParser, variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        parser.error(f"argument --api-key-env: the environment variable {variable} is not set or empty")
+    if not (key.isascii() and key.isprintable()):
+        parser.error(f"argument --api-key-env: {variable} holds characters that no HTTP header can carry")
+    return key
