@@ -226,14 +226,17 @@ impl<F: Family> Flight<F> {
         pending.call.as_ref().map(|call| (F::share_call(call), pending.epoch))
     }
 
-    pub(crate) fn join(self: &Arc<Self>, loop_id: LoopId, wakeup: Wakeup<F>) -> Option<Seat<F>> {
+    /// Takes a seat, if the flight is still under way. Also tells whether another loop than the joiner's leads, so that
+    /// the flight [needs watching](Self::needs_watch).
+    pub(crate) fn join(self: &Arc<Self>, loop_id: LoopId, wakeup: Wakeup<F>) -> Option<(Seat<F>, bool)> {
         let waiter = Waiter::new(loop_id, wakeup);
         let mut pending = self.pending.lock();
         let open = pending.as_mut()?;
         open.callers += 1;
         open.waiters.push_back(Arc::clone(&waiter));
+        let led_elsewhere = open.led_on != NO_LOOP && open.led_on != loop_id;
         drop(pending);
-        Some(Seat { flight: Arc::clone(self), waiter })
+        Some((Seat { flight: Arc::clone(self), waiter }, led_elsewhere))
     }
 
     /// A seat for the caller whose call is about to run in a task of its own.
@@ -485,6 +488,11 @@ impl<F: Family> Seat<F> {
 
     pub fn task(&self) -> Option<&F::Task> {
         self.waiter.task()
+    }
+
+    /// Whether it is the seat of the caller whose call this is.
+    pub fn is_callers_own(&self) -> bool {
+        matches!(self.waiter.wakeup, Wakeup::Caller(_))
     }
 
     /// The outcome, when the flight has landed with this seat in it.

@@ -75,18 +75,21 @@ impl<F: Family> Map<F> {
     }
 
     /// Finds what a request has to do, after it [missed](Self::hit): claims a flight if no live one has the key.
+    ///
+    /// `from` is the loop that the call would run on.
     pub fn turn<R>(
         self: &Arc<Self>,
         hash: u64,
         key: &F::Key,
         own: impl FnOnce() -> F::Key,
         take: impl Fn(&F::Outcome) -> R,
+        from: LoopId,
     ) -> Result<Turn<F, R>, F::Error> {
         if let Some(turn) = self.find(hash, key, &take)? {
             return Ok(turn);
         }
         let shard = self.shard(hash);
-        let flight = Arc::new(Flight::new(hash, own(), NO_LOOP));
+        let flight = Arc::new(Flight::new(hash, own(), from));
         loop {
             match shard.table.claim(&flight, now_coarse())? {
                 Claim::Taken(other) if other.state() == State::Pending => return Ok(Turn::Join(other)),
@@ -132,14 +135,15 @@ impl<F: Family> Map<F> {
         loop_id: LoopId,
         wakeup: Wakeup<F>,
     ) -> Option<Place<F>> {
-        if let Some((call, epoch)) = flight.call_led_elsewhere(loop_id) {
-            if F::call_is_lost(&call) {
-                self.lose_call(flight, epoch);
-            } else {
-                self.watch(flight);
-            }
+        if let Some((call, epoch)) = flight.call_led_elsewhere(loop_id)
+            && F::call_is_lost(&call)
+        {
+            self.lose_call(flight, epoch);
         }
-        let seat = flight.join(loop_id, wakeup)?;
+        let (seat, led_elsewhere) = flight.join(loop_id, wakeup)?;
+        if led_elsewhere {
+            self.watch(flight);
+        }
         Some(Place { map: Arc::clone(self), seat })
     }
 

@@ -27,6 +27,7 @@ from weakref import ReferenceType
 
 from llm_batch_coalesce._core import Coalescer, Ticket, Token
 from llm_batch_coalesce._errors import CallResultError
+from llm_batch_coalesce._sharing import shown
 
 T = TypeVar("T")
 _CallTask = asyncio.Task[BaseException | None]
@@ -108,6 +109,7 @@ class AsyncBatchCoalescer(Coalescer):
         task = _start(_call(token, fn), loop)
         if not task.done():
             token.led_by(task)
+            task.add_done_callback(token.task_done)
             self._hold(task)
             future = loop.create_future()
             if ticket.wait_with(loop, future):
@@ -115,8 +117,12 @@ class AsyncBatchCoalescer(Coalescer):
                     await future
                 except BaseException:
                     ticket.leave()
+                    # The call may have ended in the very moment; what is no Exception must not be lost (rule 4).
+                    error = _error_of(task)
+                    if error is not None and not isinstance(error, Exception):
+                        raise error from None
                     raise
-        error = task.result() if task.done() and not task.cancelled() else None
+        error = _error_of(task)
         if error is not None:
             ticket.leave()
             try:
@@ -152,7 +158,7 @@ async def _call(token: Token, fn: Callable[[], Awaitable[Any]]) -> BaseException
         token.enter()
         awaitable = fn()
         if type(awaitable) is not CoroutineType and not isawaitable(awaitable):
-            msg = f"fn must return an awaitable, not {awaitable!r}; use BatchCoalescer for plain functions"
+            msg = f"fn must return an awaitable, not {shown(awaitable)}; use BatchCoalescer for plain functions"
             raise CallResultError(msg)  # noqa: TRY301 - it is shared like any error of the call
         value = await awaitable
     except asyncio.CancelledError:
@@ -164,6 +170,10 @@ async def _call(token: Token, fn: Callable[[], Awaitable[Any]]) -> BaseException
         return error
     token.complete(value)
     return None
+
+
+def _error_of(task: _CallTask) -> BaseException | None:
+    return task.result() if task.done() and not task.cancelled() else None
 
 
 def cancel_call(reference: ReferenceType[_CallTask]) -> None:

@@ -65,11 +65,11 @@ class _Member(NamedTuple):
 class _Recipe(NamedTuple):
     """How errors of one class are copied. A kept one must not hold its class, so that the class can be collected."""
 
-    cls: weakref.ref[type[BaseException]]
     new: Callable[..., BaseException]
     members: tuple[_Member, ...]
     is_group: bool
     hides_state: bool  # in C fields that no descriptor shows
+    forget: weakref.ref[type[BaseException]]  # its callback drops the recipe
 
 
 def _static_members() -> dict[int, tuple[_Member, ...]]:
@@ -86,13 +86,15 @@ def _static_members() -> dict[int, tuple[_Member, ...]]:
 
 
 _builtin_members = _static_members()
-# By id and not weakly keyed: that would call the metaclass's __hash__ and __eq__.
-_recipes: dict[int, _Recipe] = {}
+# A class has one weak reference without a callback, so that keys are found by identity. On 3.13t a lookup that must
+# compare with a key made in another thread takes 16 us.
+_recipes: dict[weakref.ref[type[BaseException]], _Recipe] = {}
 
 
 def _recipe_of(cls: type[BaseException]) -> _Recipe:
-    recipe = _recipes.get(id(cls))
-    return recipe if recipe is not None and recipe.cls() is cls else _learn(cls)
+    # the hash of a reference is that of its class, which a metaclass may define
+    recipe = _recipes.get(weakref.ref(cls)) if type(cls) is type else None
+    return recipe or _learn(cls)
 
 
 def _learn(cls: type[BaseException]) -> _Recipe:
@@ -121,9 +123,10 @@ def _learn(cls: type[BaseException]) -> _Recipe:
     while owner is not BaseException:
         members += _builtin_members[id(owner)]
         owner = cast("type", owner.__base__)
-    key = id(cls)
-    recipe = _Recipe(weakref.ref(cls, lambda _: _recipes.pop(key, None)), new, tuple(members), is_group, hides_state)
-    if not has_slots:  # the descriptor of a slot holds its class
+    key = weakref.ref(cls)
+    forget = weakref.ref(cls, lambda _: _recipes.pop(key, None))
+    recipe = _Recipe(new, tuple(members), is_group, hides_state, forget)
+    if type(cls) is type and not has_slots:  # the descriptor of a slot holds its class
         _recipes[key] = recipe
     return recipe
 
@@ -196,8 +199,10 @@ class _Copies:
         namespaces = [_class_attribute(base, "__dict__") for base in _class_attribute(cls, "__mro__")]
         reduce = next(namespace["__reduce__"] for namespace in namespaces if "__reduce__" in namespace)
         if type(reduce) is MethodDescriptorType and id(reduce.__objclass__) not in _builtin_members:
-            make, arguments = reduce(error)  # a third part would be set by code of the user's
-            if type(make) is BuiltinFunctionType:
+            make, arguments, *state = reduce(error)
+            _, _, *attributes = _state_of(error)
+            # attributes are copied anyhow; other state would be set by what may be the user's code
+            if type(make) is BuiltinFunctionType and {*map(id, state)} <= {id(None), *map(id, attributes)}:
                 copy = make(*[self._value(argument) for argument in arguments])
                 if type(copy) is cls and copy is not error:
                     return copy
@@ -209,7 +214,8 @@ class _Copies:
         _, args, *rest = _state_of(error)
         attributes: dict[str, Any] = dict.copy(rest[0]) if rest else {}
         if recipe is None:
-            attributes = {name: value for name, value in attributes.items() if name == "__notes__"}
+            notes = {name: value for name, value in attributes.items() if name == "__notes__"}
+            attributes = _get_dict(copy) | notes
         else:
             _set_args(copy, tuple([self._value(value) for value in args]))
             self._fill_members(error, copy, recipe)
@@ -307,6 +313,8 @@ def copy_error(template: Exception) -> Exception:
 
 def _stand_in(error: BaseException) -> SharedCallError:
     """Return what replaces an error that cannot be copied."""
+    if type(error) is SharedCallError:
+        return SharedCallError(error.error_type, error.error_message)
     cls = type(error)
     name = _class_attribute(cls, "__qualname__")
     module = _class_attribute(cls, "__dict__").get("__module__")

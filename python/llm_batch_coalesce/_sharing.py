@@ -21,14 +21,14 @@ def settle(_coalescer: Coalescer, error: BaseException) -> tuple[Exception, bool
 
 def recursive_error(key: Hashable) -> RecursiveCallError:
     """Make the error of a call that asks for the key it is computing."""
-    return RecursiveCallError(f"the call that computes {_shown(key)} asks for the same key: it would wait for itself")
+    return RecursiveCallError(f"the call that computes {shown(key)} asks for the same key: it would wait for itself")
 
 
-def _shown(key: Hashable) -> str:
-    """Show enough of a key to recognise it; keys may hold whole prompts."""
+def shown(value: object) -> str:
+    """Show enough of a value to recognise it: keys may hold whole prompts, and a `__repr__` may be broken."""
     limit = 80
     try:
-        text = repr(key)
-    except Exception:  # noqa: BLE001 - a broken repr must not hide the error that this is for
-        text = f"a key of type {type(key).__qualname__}"
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - it must not hide the error that this is for
+        text = f"an object of type {type(value).__qualname__}"
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_batch_coalesce._core import ThreadCoalescer
 from llm_batch_coalesce._errors import CallResultError
+from llm_batch_coalesce._sharing import shown
 
 
 class BatchCoalescer(ThreadCoalescer):
@@ -42,5 +43,5 @@ def run(fn: Callable[[], Any]) -> Any:  # noqa: ANN401 - any value at all
 
 
 def _refuse(fn: Callable[[], Any]) -> None:
-    msg = f"fn returned a coroutine, which threads cannot share; use AsyncBatchCoalescer for {fn!r}"
+    msg = f"fn returned a coroutine, which threads cannot share; use AsyncBatchCoalescer for {shown(fn)}"
     raise CallResultError(msg)

@@ -9,12 +9,12 @@ use pyo3::types::PyTuple;
 use super::family::{Outcome, Python3, Shared, running_loop};
 use super::hooks::Hooks;
 use super::options::{self, Ttl};
-use super::task::{Link, Ticket};
+use super::task::{Ticket, Within};
 use super::{ffi, key};
 use crate::flight::{Flight, Standing};
 use crate::map::{Lead, Map, Place, Turn};
 use crate::sync::Arc;
-use crate::waiter::{NO_LOOP, Wakeup};
+use crate::waiter::{LoopId, NO_LOOP, Wakeup};
 
 /// What both kinds of coalescer have: the map, the options, and the questions about them.
 #[pyclass(frozen, subclass, weakref, module = "llm_batch_coalesce._core")]
@@ -125,9 +125,14 @@ impl Coalescer {
         self.map.hit(hash, key.as_unbound(), |outcome| outcome.share(key.py()))
     }
 
-    fn turn<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> PyResult<Turn<Python3, Shared<'py>>> {
+    fn turn<'py>(
+        &self,
+        hash: u64,
+        key: &Bound<'py, PyAny>,
+        from: LoopId,
+    ) -> PyResult<Turn<Python3, Shared<'py>>> {
         let own = || key.clone().unbind();
-        self.map.turn(hash, key.as_unbound(), own, |outcome| outcome.share(key.py()))
+        self.map.turn(hash, key.as_unbound(), own, |outcome| outcome.share(key.py()), from)
     }
 
     #[cold]
@@ -142,11 +147,11 @@ impl Coalescer {
         let event_loop = running_loop(py)?;
         let loop_id = event_loop.as_ptr().addr();
         loop {
-            let ticket = match this.turn(hash, key)? {
+            let ticket = match this.turn(hash, key, loop_id)? {
                 Turn::Hit(shared) => return shared.into_result(),
                 Turn::Lead(lead) => Ticket::leading(lead, loop_id),
                 Turn::Join(flight) => {
-                    if Link::is_current(py, &flight)? {
+                    if Within::includes(py, &flight)? {
                         return Err(recursive_error(key)?);
                     }
                     match Ticket::joining(&this.map, &flight, &event_loop)? {
@@ -223,7 +228,7 @@ fn missed<'py>(
     let (py, this) = (slf.py(), slf.get());
     options::callable("fn", r#fn)?;
     loop {
-        match this.turn(hash, key)? {
+        match this.turn(hash, key, NO_LOOP)? {
             Turn::Hit(shared) => return shared.into_result(),
             Turn::Lead(lead) => return lead_call(slf, lead, r#fn),
             Turn::Join(flight) => {

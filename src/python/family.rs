@@ -76,10 +76,7 @@ impl Family for Python3 {
     }
 
     fn wake_tasks(waiters: Vec<std::sync::Arc<Waiter<Self>>>) {
-        let py = ffi::attached();
-        if let Err(error) = wake_tasks(py, &waiters) {
-            error.write_unraisable(py, None);
-        }
+        wake_tasks(ffi::attached(), &waiters);
     }
 
     fn share_call(call: &Py<PyAny>) -> Py<PyAny> {
@@ -112,33 +109,40 @@ pub(super) fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 }
 
 /// Sets the futures of the running loop here and now, those of each other loop with one call into it.
-fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) -> PyResult<()> {
-    let here = running_loop(py)?;
-    let mut elsewhere: Vec<(&Py<PyAny>, Bound<'_, PyList>)> = Vec::new();
+///
+/// A loop that cannot be told holds up no other: its error goes to `sys.unraisablehook`.
+fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) {
+    let report = |result: PyResult<()>| {
+        if let Err(error) = result {
+            error.write_unraisable(py, None);
+        }
+    };
+    let here = running_loop(py).ok();
+    let mut elsewhere: Vec<(&Py<PyAny>, Vec<&Py<PyAny>>)> = Vec::new();
     for task in waiters.iter().filter_map(|waiter| waiter.task()) {
-        let future = task.future.bind(py);
-        if here.is(&task.event_loop) {
-            set_done(future)?;
+        if here.as_ref().is_some_and(|here| here.is(&task.event_loop)) {
+            report(set_done(task.future.bind(py)));
             continue;
         }
-        match elsewhere.iter().find(|(event_loop, _)| event_loop.is(&task.event_loop)) {
-            Some((_, futures)) => futures.append(future)?,
-            None => elsewhere.push((&task.event_loop, PyList::new(py, [future])?)),
+        match elsewhere.iter_mut().find(|(event_loop, _)| event_loop.is(&task.event_loop)) {
+            Some((_, futures)) => futures.push(&task.future),
+            None => elsewhere.push((&task.event_loop, vec![&task.future])),
         }
     }
-    if elsewhere.is_empty() {
-        return Ok(());
-    }
-    let set_all = Hooks::get(py)?.set_all_done.bind(py);
     for (event_loop, futures) in elsewhere {
-        let sent = event_loop.bind(py).call_method1(intern!(py, "call_soon_threadsafe"), (set_all, futures));
-        match sent {
-            // The loop is closed: its tasks will never run again.
-            Err(error) if error.is_instance_of::<pyo3::exceptions::PyRuntimeError>(py) => {}
-            other => drop(other?),
-        }
+        report(wake_elsewhere(event_loop.bind(py), &futures));
     }
-    Ok(())
+}
+
+fn wake_elsewhere(event_loop: &Bound<'_, PyAny>, futures: &[&Py<PyAny>]) -> PyResult<()> {
+    let py = event_loop.py();
+    let set_all = Hooks::get(py)?.set_all_done.bind(py);
+    let futures = PyList::new(py, futures)?;
+    match event_loop.call_method1(intern!(py, "call_soon_threadsafe"), (set_all, futures)) {
+        // The loop is closed: its tasks will never run again.
+        Err(_) if event_loop.call_method0(intern!(py, "is_closed"))?.is_truthy()? => Ok(()),
+        sent => sent.map(drop),
+    }
 }
 
 /// A future says "done" only; the outcome is read from the flight.

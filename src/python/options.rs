@@ -31,11 +31,11 @@ pub(super) fn error_ttl_seconds(value: &Bound<'_, PyAny>) -> PyResult<Option<Ttl
 pub(super) fn ttl(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Ttl> {
     let number = if value.is_instance_of::<PyBool>() { None } else { value.extract::<f64>().ok() };
     let Some(seconds) = number else {
-        let got = value.repr()?;
+        let got = shown(value);
         return Err(PyTypeError::new_err(format!("{name} must be a number of seconds, not {got}")));
     };
     if seconds.is_nan() || seconds < 0.0 {
-        let got = value.repr()?;
+        let got = shown(value);
         return Err(PyValueError::new_err(format!("{name} must be zero or more seconds, not {got}")));
     }
     Ok(Ttl { seconds, nanos: nanos(seconds) })
@@ -52,6 +52,11 @@ pub(super) fn callable(name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
     if value.is_callable() {
         return Ok(());
     }
-    let got = value.repr()?;
+    let got = shown(value);
     Err(PyTypeError::new_err(format!("{name} must be callable, not {got}")))
+}
+
+/// How a value reads in an error; its own `__repr__` may be broken.
+fn shown(value: &Bound<'_, PyAny>) -> String {
+    value.repr().map_or_else(|_| format!("an object of type {}", value.get_type()), |text| text.to_string())
 }

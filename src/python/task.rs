@@ -1,8 +1,9 @@
-//! What tasks of event loops hold: tickets for callers, tokens for calls, links for what a call starts.
+//! What tasks of event loops hold: tickets for callers, tokens for calls, and in their contexts the calls themselves.
 
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
 use pyo3::exceptions::PyRuntimeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -110,7 +111,7 @@ impl Ticket {
         let place = this.place()?;
         match place.standing() {
             Standing::Landed => {
-                if this.future.is_some() {
+                if !place.is_callers_own() {
                     place.count_joined();
                 }
                 let shared = place.outcome().map(|outcome| outcome.share(py));
@@ -142,6 +143,20 @@ impl Ticket {
         drop(self.lead.take());
         drop(self.place.take());
     }
+
+    // A ticket's waiter is its own, so what the waiter holds is visited here and nowhere else.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.future)?;
+        // Nobody is stopped while holding the lock; if it is held all the same, the next collection will do.
+        let Ok(place) = self.place.0.try_lock() else { return Ok(()) };
+        match place.as_ref().and_then(|place| place.task()) {
+            Some(task) => {
+                visit.call(&task.event_loop)?;
+                visit.call(&task.future)
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 fn cancelled(py: Python<'_>) -> PyResult<PyErr> {
@@ -166,12 +181,13 @@ impl Token {
 impl Token {
     /// Marks the current context as that of this call.
     fn enter(&self, py: Python<'_>) -> PyResult<()> {
-        let link = self.lead.lock().as_ref().map(|lead| (Arc::downgrade(lead.flight()), lead.epoch()));
-        let Some((flight, epoch)) = link else { return Ok(()) };
-        let current = Link::variable(py)?;
-        let parent = current.call_method0(intern!(py, "get"))?;
-        let parent = if parent.is_none() { None } else { Some(parent.cast::<Link>()?.clone().unbind()) };
-        current.call_method1(intern!(py, "set"), (Bound::new(py, Link { flight, epoch, parent })?,))?;
+        let own = self.lead.lock().as_ref().map(|lead| (Arc::downgrade(lead.flight()), lead.epoch()));
+        let current = Within::variable(py)?;
+        let outer = current.call_method0(intern!(py, "get"))?;
+        // Calls that are over are left out: a job that starts itself again would else gather them for ever.
+        let outer = if outer.is_none() { Vec::new() } else { outer.cast::<Within>()?.get().under_way() };
+        let within = Within { calls: outer.into_iter().chain(own).collect() };
+        current.call_method1(intern!(py, "set"), (Bound::new(py, within)?,))?;
         Ok(())
     }
 
@@ -202,42 +218,53 @@ impl Token {
         self.take()?.lose_loop();
         Ok(())
     }
+
+    /// For the task to call when it is done: one that was cancelled before it began has not ended its flight.
+    fn task_done(&self, _task: &Bound<'_, PyAny>) {
+        if let Some(lead) = self.lead.take() {
+            lead.lose_loop();
+        }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.coalescer)
+    }
 }
 
-/// In the context of a call's task and of all that it starts: which flight it computes, and for whom.
+/// In the context of a call's task and of all that it starts: the calls that it is part of, each a flight and the
+/// number of its lead.
 #[pyclass(frozen, module = "llm_batch_coalesce._core")]
-pub(super) struct Link {
-    flight: Weak<Flight<Python3>>,
-    epoch: u32,
-    parent: Option<Py<Link>>,
+pub(super) struct Within {
+    calls: Vec<(Weak<Flight<Python3>>, u32)>,
 }
 
-impl Link {
+impl Within {
     fn variable(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
         static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let current = CURRENT.get_or_try_init(py, || {
             let kwargs = pyo3::types::PyDict::new(py);
             kwargs.set_item("default", py.None())?;
             let class = py.import("contextvars")?.getattr("ContextVar")?;
-            class.call(("llm_batch_coalesce_call",), Some(&kwargs)).map(Bound::unbind)
+            class.call(("llm_batch_coalesce_calls",), Some(&kwargs)).map(Bound::unbind)
         })?;
         Ok(current.bind(py))
     }
 
+    fn under_way(&self) -> Vec<(Weak<Flight<Python3>>, u32)> {
+        let under_way = |(flight, epoch): &&(Weak<Flight<Python3>>, u32)| {
+            flight.upgrade().and_then(|flight| flight.epoch()) == Some(*epoch)
+        };
+        self.calls.iter().filter(under_way).cloned().collect()
+    }
+
     /// Whether the current context belongs to the call that computes this flight.
-    pub(super) fn is_current(py: Python<'_>, flight: &Arc<Flight<Python3>>) -> PyResult<bool> {
-        let innermost = Self::variable(py)?.call_method0(intern!(py, "get"))?;
-        if innermost.is_none() {
+    pub(super) fn includes(py: Python<'_>, flight: &Arc<Flight<Python3>>) -> PyResult<bool> {
+        let current = Self::variable(py)?.call_method0(intern!(py, "get"))?;
+        if current.is_none() {
             return Ok(false);
         }
-        let mut link = Some(innermost.cast::<Link>()?.get());
         let wanted = Arc::as_ptr(flight);
-        while let Some(at) = link {
-            if at.flight.as_ptr() == wanted && flight.epoch() == Some(at.epoch) {
-                return Ok(true);
-            }
-            link = at.parent.as_ref().map(Py::get);
-        }
-        Ok(false)
+        let calls = &current.cast::<Within>()?.get().calls;
+        Ok(calls.iter().any(|(own, epoch)| own.as_ptr() == wanted && flight.epoch() == Some(*epoch)))
     }
 }
