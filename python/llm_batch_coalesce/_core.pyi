@@ -5,17 +5,31 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Any, Final, Self, TypeVar, final
 from weakref import ReferenceType
 
+from typing_extensions import disjoint_base
+
+__all__ = [
+    "Coalescer",
+    "ThreadCoalescer",
+    "Ticket",
+    "Token",
+    "__version__",
+    "_advance_clock",
+    "_install",
+    "_stop_sweeper",
+]
+
 _T = TypeVar("_T")
 
 __version__: Final[str]
 
+@disjoint_base
 class Coalescer:
     """What both kinds of coalescer have: the map, the options, and the questions about them."""
 
     def __new__(cls, ttl_seconds: float = 5.0, error_ttl_seconds: float | None = None) -> Self: ...
     def __len__(self) -> int: ...
     def __bool__(self) -> bool: ...
-    def __contains__(self, key: object) -> bool: ...
+    def __contains__(self, key: object, /) -> bool: ...
     def clear(self) -> None:
         """Drop all retained outcomes and disown the flights under way.
 

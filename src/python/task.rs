@@ -220,7 +220,9 @@ impl Token {
     }
 
     /// For the task to call when it is done: one that was cancelled before it began has not ended its flight.
-    fn task_done(&self, _task: &Bound<'_, PyAny>) {
+    #[pyo3(signature = (task))]
+    fn task_done(&self, task: &Bound<'_, PyAny>) {
+        let _ = task;
         if let Some(lead) = self.lead.take() {
             lead.lose_loop();
         }

@@ -23,7 +23,7 @@ class Crew:
             try:
                 barrier.wait(30)
                 self._outcomes[number] = work(number)
-            except BaseException as error:  # noqa: BLE001 - it is raised again in `join`
+            except BaseException as error:
                 self._errors.append(error)
 
         self._threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
@@ -55,4 +55,4 @@ def the_gil_stays_off() -> Any:
     """On a free-threaded build neither import nor use may enable the GIL."""
     yield
     if "free-threading" in sys.version:
-        assert not sys._is_gil_enabled()  # noqa: SLF001 - there is no public name in 3.13
+        assert not sys._is_gil_enabled()

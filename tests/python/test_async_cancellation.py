@@ -6,8 +6,9 @@ import sys
 import threading
 
 import pytest
-from llm_batch_coalesce import AsyncBatchCoalescer, _core
 from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_for_waiters, wait_until
+
+from llm_batch_coalesce import AsyncBatchCoalescer, _core
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import warnings
 import weakref
 
 import pytest
-from llm_batch_coalesce import AsyncBatchCoalescer, CallResultError, CoalesceError, _core
 from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_for_waiters, wait_until
+
+from llm_batch_coalesce import AsyncBatchCoalescer, CallResultError, CoalesceError, _core
 
 
 class Complaints(logging.Handler):

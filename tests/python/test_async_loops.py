@@ -7,8 +7,9 @@ import threading
 from collections import Counter
 
 import pytest
-from llm_batch_coalesce import AsyncBatchCoalescer
 from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_for_waiters, wait_until
+
+from llm_batch_coalesce import AsyncBatchCoalescer
 
 
 @pytest.fixture

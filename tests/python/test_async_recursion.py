@@ -7,8 +7,9 @@ import sys
 import threading
 
 import pytest
-from llm_batch_coalesce import AsyncBatchCoalescer, RecursiveCallError
 from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_for_waiters
+
+from llm_batch_coalesce import AsyncBatchCoalescer, RecursiveCallError
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import httpx2
-import llm_batch_coalesce
 import pytest
+from rich.console import Console
+
+import llm_batch_coalesce
 from llm_batch_coalesce.__main__ import main
 from llm_batch_coalesce._demo.errors import DemoError
 from llm_batch_coalesce._demo.glossary import load_glossary
@@ -31,7 +33,6 @@ from llm_batch_coalesce._demo.stand_in import running_stand_in
 from llm_batch_coalesce._demo.trace import make_trace
 from llm_batch_coalesce._demo.upstream import Tally
 from llm_batch_coalesce._demo.windows import Call, count_windows
-from rich.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

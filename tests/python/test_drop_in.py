@@ -4,11 +4,12 @@ import asyncio
 import random
 import threading
 
-import llm_batch_coalesce
 import model
 import pytest
-from llm_batch_coalesce import _core
 from loops import PATIENCE, Raised, wait_for_waiters
+
+import llm_batch_coalesce
+from llm_batch_coalesce import _core
 
 
 class PackageClock:

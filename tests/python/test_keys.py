@@ -48,7 +48,7 @@ def ask(request):
     [
         (1, 1.0, True),
         (0, 0.0, -0.0, False),
-        ("word", "".join(["wo", "rd"])),
+        ("word", str(b"word", "ascii")),
         (b"word", bytes(bytearray(b"word"))),
         (2**70, float(2**70)),
         (("a", 1), ("a", 1.0)),

@@ -1,5 +1,6 @@
 """What is no longer needed is freed: by the sweeper, by the garbage collector, with the coalescer."""
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -20,6 +21,13 @@ def freed(thing):
     return event
 
 
+def retain(coalescer, key="k"):
+    """Retain a new thing; its event."""
+    thing = Thing()
+    coalescer.get_or_call(key, lambda: thing)
+    return freed(thing)
+
+
 def all_freed(events):
     """Wait until all are. In small steps: a free-threaded build lets the thread that made an object free it."""
     return all(any(event.wait(0.01) for _ in range(1_000)) for event in events)
@@ -36,10 +44,9 @@ def no_collections():
 
 def test_expired_keys_and_values_are_freed_with_nobody_calling():
     coalescer = BatchCoalescer(ttl_seconds=100.0)
-    key, value = Thing(), Thing()
-    events = [freed(key), freed(value)]
-    coalescer.get_or_call(key, lambda: value)
-    del key, value
+    key = Thing()
+    events = [freed(key), retain(coalescer, key)]
+    del key
     assert not any(event.is_set() for event in events)
     _core._advance_clock(101.0)
     assert all_freed(events)
@@ -83,12 +90,7 @@ def test_expired_values_are_freed_while_readers_are_busy(crews):
                 short.get_or_call(number, lambda: None)
 
     readers = crews().start(4, read)
-    events = []
-    for number in range(100):
-        value = Thing()
-        events.append(freed(value))
-        short.get_or_call(("thing", number), lambda value=value: value)
-    del value
+    events = [retain(short, ("thing", number)) for number in range(100)]
     _core._advance_clock(11.0)
     try:
         assert all_freed(events)
@@ -127,33 +129,31 @@ def test_an_outcome_that_is_not_retained_is_freed_with_its_last_caller(crews):
 
 def test_a_dropped_coalescer_frees_its_keys_and_values():
     coalescer = BatchCoalescer(ttl_seconds=float("inf"))
-    key, value = Thing(), Thing()
-    events = [freed(key), freed(value)]
-    coalescer.get_or_call(key, lambda: value)
-    del key, value, coalescer
+    key = Thing()
+    events = [freed(key), retain(coalescer, key)]
+    del key, coalescer
     assert all(event.is_set() for event in events)
 
 
 @pytest.mark.parametrize("kind", [BatchCoalescer, AsyncBatchCoalescer])
 @pytest.mark.parametrize("place", ["key", "value"])
 def test_keys_and_values_that_refer_to_the_coalescer_are_collected(kind, place):
-    import asyncio
+    def make():
+        coalescer = kind(ttl_seconds=float("inf"))
+        thing = Thing()
+        thing.coalescer = coalescer
+        key, value = (thing, 1) if place == "key" else ("k", thing)
+        if kind is BatchCoalescer:
+            coalescer.get_or_call(key, lambda: value)
+        else:
 
-    coalescer = kind(ttl_seconds=float("inf"))
-    thing = Thing()
-    thing.coalescer = coalescer
-    events = [freed(coalescer), freed(thing)]
-    key, value = (thing, 1) if place == "key" else ("k", thing)
-    if kind is BatchCoalescer:
-        coalescer.get_or_call(key, lambda: value)
-    else:
+            async def call():
+                return value
 
-        async def call():
-            return value
+            asyncio.run(coalescer.get_or_call(key, call))
+        return [freed(coalescer), freed(thing)]
 
-        asyncio.run(coalescer.get_or_call(key, call))
-        del call
-    del coalescer, thing, key, value
+    events = make()
     assert not any(event.is_set() for event in events)
     gc.collect()
     assert all(event.is_set() for event in events)
@@ -181,10 +181,7 @@ def test_retained_errors_keep_no_frames_alive():
 
 def test_clear_frees_what_was_retained():
     coalescer = BatchCoalescer(ttl_seconds=float("inf"))
-    value = Thing()
-    event = freed(value)
-    coalescer.get_or_call("k", lambda: value)
-    del value
+    event = retain(coalescer)
     coalescer.clear()
     assert all_freed([event])
 

@@ -30,12 +30,12 @@ class Held:
         return self.result
 
 
-def joined_by(coalescer, crews, held, waiters, key="k", fn=None):
+def joined_by(coalescer, crews, held, waiters):
     """Start a leader that is held, and waiters that have joined it; their crews."""
-    leader = crews().start(1, lambda _: coalescer.get_or_call(key, held))
+    leader = crews().start(1, lambda _: coalescer.get_or_call("k", held))
     assert held.entered.wait(30)
-    others = crews().start(waiters, lambda _: coalescer.get_or_call(key, fn or held))
-    wait_for_waiters(coalescer, key, waiters)
+    others = crews().start(waiters, lambda _: coalescer.get_or_call("k", held))
+    wait_for_waiters(coalescer, "k", waiters)
     return leader, others
 
 
