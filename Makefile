@@ -24,7 +24,8 @@ test-python: $(VENV)/.tested
 	@$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.tested  ## Run the benchmarks; PYTHON=... picks the interpreter
-	@$(BIN)/python -m pytest benches/python --benchmark-enable --benchmark-only -q $(ARGS)
+	@$(BIN)/python -m pytest benches/python --benchmark-enable --benchmark-only --benchmark-columns=median,rounds \
+		--timeout 600 -q $(ARGS)
 
 lint: $(VENV)/.linted  ## Run all linters
 	cargo fmt --check

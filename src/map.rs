@@ -26,12 +26,13 @@ pub struct Map<F: Family> {
     pub(crate) registered: std::sync::atomic::AtomicBool,
 }
 
-/// What a request has to do next.
-pub enum Turn<F: Family, R> {
+/// How a key stands when a request looks for it.
+pub enum Found<F: Family, R> {
     Hit(R),
     /// Another caller is computing the outcome: join.
-    Join(Arc<Flight<F>>),
-    Lead(Lead<F>),
+    Pending(Arc<Flight<F>>),
+    /// Claim.
+    Nothing,
 }
 
 impl<F: Family> Map<F> {
@@ -58,74 +59,41 @@ impl<F: Family> Map<F> {
         &self.shards[bits & (self.shards.len() - 1)]
     }
 
-    /// Serves a request from a retained outcome, if there is one.
+    /// Looks for the live flight of a key, and takes the outcome if it is retained.
     #[inline]
-    pub fn hit<R>(
+    pub fn find<R>(
         &self,
         hash: u64,
         key: &F::Key,
         take: impl FnOnce(&F::Outcome) -> R,
-    ) -> Result<Option<R>, F::Error> {
-        let hit = self.shard(hash).table.read(hash, key, |flight, thread| {
-            let outcome = flight.retained(now_coarse())?;
-            self.hits.add_one(thread);
-            Some(take(outcome))
-        })?;
-        Ok(hit.flatten())
-    }
-
-    /// Finds what a request has to do, after it [missed](Self::hit): claims a flight if no live one has the key.
-    ///
-    /// `from` is the loop that the call would run on.
-    pub fn turn<R>(
-        self: &Arc<Self>,
-        hash: u64,
-        key: &F::Key,
-        own: impl FnOnce() -> F::Key,
-        take: impl Fn(&F::Outcome) -> R,
-        from: LoopId,
-    ) -> Result<Turn<F, R>, F::Error> {
-        if let Some(turn) = self.find(hash, key, &take)? {
-            return Ok(turn);
-        }
-        let shard = self.shard(hash);
-        let flight = Arc::new(Flight::new(hash, own(), from));
-        loop {
-            match shard.table.claim(&flight, now_coarse())? {
-                Claim::Taken(other) if other.state() == State::Pending => return Ok(Turn::Join(other)),
-                // It has landed this moment.
-                Claim::Taken(_) => {
-                    if let Some(turn) = self.find(hash, key, &take)? {
-                        return Ok(turn);
-                    }
-                }
-                Claim::Claimed { replaced } => {
-                    if let Some(old) = replaced {
-                        shard.note_removed(&old, false);
-                    }
-                    shard.counters.calls.fetch_add(1, Ordering::Relaxed);
-                    shard.counters.in_flight.fetch_add(1, Ordering::Relaxed);
-                    return Ok(Turn::Lead(Lead { map: Arc::clone(self), flight, epoch: 0, over: false }));
-                }
-            }
-        }
-    }
-
-    /// The turn of a request whose key has a live flight.
-    fn find<R>(
-        &self,
-        hash: u64,
-        key: &F::Key,
-        take: impl Fn(&F::Outcome) -> R,
-    ) -> Result<Option<Turn<F, R>>, F::Error> {
-        let turn = self.shard(hash).table.read(hash, key, |flight, thread| {
+    ) -> Result<Found<F, R>, F::Error> {
+        let found = self.shard(hash).table.read(hash, key, |flight, thread| {
             if let Some(outcome) = flight.retained(now_coarse()) {
                 self.hits.add_one(thread);
-                return Some(Turn::Hit(take(outcome)));
+                return Found::Hit(take(outcome));
             }
-            (flight.state() == State::Pending).then(|| Turn::Join(Arc::clone(flight)))
+            if flight.state() == State::Pending { Found::Pending(Arc::clone(flight)) } else { Found::Nothing }
         })?;
-        Ok(turn.flatten())
+        Ok(found.unwrap_or(Found::Nothing))
+    }
+
+    /// Claims a flight for a key that was not found. `None` if another one was faster: look again.
+    ///
+    /// `led_on` is the loop that the call will run on.
+    pub fn claim(
+        self: &Arc<Self>,
+        hash: u64,
+        key: F::Key,
+        led_on: LoopId,
+    ) -> Result<Option<Lead<F>>, F::Error> {
+        let shard = self.shard(hash);
+        let flight = Arc::new(Flight::new(hash, key, led_on));
+        let Claim::Claimed { replaced } = shard.table.claim(&flight, now_coarse)? else { return Ok(None) };
+        if let Some(old) = replaced {
+            shard.note_removed(&old, false);
+        }
+        shard.note_claimed();
+        Ok(Some(Lead { map: Arc::clone(self), flight, epoch: 0, over: false }))
     }
 
     /// Takes a seat in a pending flight; `None` when it has just ended, and the request starts over.
@@ -160,14 +128,14 @@ impl<F: Family> Map<F> {
 
     /// How many keys are retained or in flight.
     pub fn keys(&self) -> usize {
+        self.expire();
+        self.shards.iter().map(|shard| shard.table.len()).sum()
+    }
+
+    /// Drops what has expired, so that what is counted is retained.
+    pub fn expire(&self) {
         let now = now();
-        self.shards
-            .iter()
-            .map(|shard| {
-                while !shard.expire(now, usize::MAX).is_empty() {}
-                shard.table.len()
-            })
-            .sum()
+        self.shards.iter().for_each(|shard| drop(shard.expire(now, usize::MAX)));
     }
 
     /// Drops all retained outcomes and disowns the flights: their callers keep waiting, new ones lead anew.
@@ -200,7 +168,7 @@ impl<F: Family> Map<F> {
     /// What ends when a flight does; `owned` if the table may still have it.
     fn flight_over(&self, flight: &Arc<Flight<F>>, owned: bool) {
         let shard = self.shard(flight.hash());
-        shard.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
+        shard.counters.ended.fetch_add(1, Ordering::Relaxed);
         if owned && shard.remove(flight) {
             shard.table.flush();
         }
@@ -316,7 +284,6 @@ impl<F: Family> Lead<F> {
         }
         let Ok(landed) = self.flight.land(self.epoch, outcome, ttl) else { return false };
         if landed.state == State::Retained {
-            shard.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
             if shard.note_retained(&self.flight, landed.deadline) {
                 expiry::wake_for_deadline(&self.map, landed.deadline);
             }
@@ -376,7 +343,7 @@ impl<F: Family> Place<F> {
     pub fn take_lead(&self) -> Option<Lead<F>> {
         let epoch = self.seat.accept_offer()?;
         let flight = Arc::clone(self.seat.flight());
-        self.map.shard(flight.hash()).counters.calls.fetch_add(1, Ordering::Relaxed);
+        self.map.shard(flight.hash()).counters.taken_over.fetch_add(1, Ordering::Relaxed);
         Some(Lead { map: Arc::clone(&self.map), flight, epoch, over: false })
     }
 

@@ -53,10 +53,20 @@ impl<F: Family> Ord for Deadline<F> {
 /// Below this size a heap is not worth compacting.
 const COMPACT_FROM: usize = 64;
 
+/// Claims between two looks at the table's room.
+const MAKE_ROOM_EVERY: u64 = 32;
+
 impl<F: Family> Shard<F> {
     pub(crate) fn new() -> Self {
         let deadlines = Mutex::new(Deadlines { heap: BinaryHeap::new(), stale: 0 });
         Self { table: Table::new(), deadlines, counters: Counters::default() }
+    }
+
+    /// Notes that a flight was put into the table.
+    pub(crate) fn note_claimed(&self) {
+        if self.counters.claimed.fetch_add(1, Ordering::Relaxed) % MAKE_ROOM_EVERY == 0 {
+            self.table.make_room();
+        }
     }
 
     /// Notes that a flight has become retained. True if the sweeper has to know of its deadline.
@@ -83,7 +93,7 @@ impl<F: Family> Shard<F> {
         if flight.state() != State::Retained {
             return;
         }
-        self.counters.retained.fetch_sub(1, Ordering::Relaxed);
+        self.counters.released.fetch_add(1, Ordering::Relaxed);
         if !expired {
             let mut deadlines = self.deadlines.lock();
             deadlines.stale += 1;

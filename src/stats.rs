@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use crate::sync::{AtomicIsize, AtomicU64, Ordering, Padded};
+use crate::sync::{AtomicU64, Ordering, Padded};
 
 /// A counter for the hit path. Each of the first threads has a cache line that only it writes, so that counting needs
 /// no atomic read-modify-write; the others share a few.
@@ -37,14 +37,21 @@ pub(crate) fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
-/// Counters of what is rarer than a hit; one set a shard.
+/// Counters of what is rarer than a hit; one set a shard. They only grow: a claim and its retained outcome cost one
+/// increment each, and what is under way is a difference.
 #[derive(Default)]
 pub(crate) struct Counters {
-    pub(crate) calls: AtomicU64,
+    /// Flights put into the table.
+    pub(crate) claimed: AtomicU64,
+    /// Waiters that took over a flight.
+    pub(crate) taken_over: AtomicU64,
+    /// Flights whose outcome was retained, and those of them that have left the table.
+    pub(crate) retained: AtomicU64,
+    pub(crate) released: AtomicU64,
+    /// Flights that ended without one.
+    pub(crate) ended: AtomicU64,
     pub(crate) joined: AtomicU64,
     pub(crate) errors: AtomicU64,
-    pub(crate) in_flight: AtomicIsize,
-    pub(crate) retained: AtomicIsize,
 }
 
 /// A reading of all counters. Exact while nobody calls.
@@ -58,17 +65,22 @@ pub struct Stats {
     pub hits: u64,
     /// Calls that failed.
     pub errors: u64,
-    /// Flights under way. This and `retained` may be off by a few, even below zero, while others call.
-    pub in_flight: isize,
-    pub retained: isize,
+    /// Flights under way.
+    pub in_flight: u64,
+    pub retained: u64,
 }
 
 impl Counters {
     pub(crate) fn add_to(&self, stats: &mut Stats) {
-        stats.calls += self.calls.load(Ordering::Relaxed);
-        stats.joined += self.joined.load(Ordering::Relaxed);
-        stats.errors += self.errors.load(Ordering::Relaxed);
-        stats.in_flight += self.in_flight.load(Ordering::Relaxed);
-        stats.retained += self.retained.load(Ordering::Relaxed);
+        // Relaxed: exact while nobody calls, and then everything is ordered. What must not be the larger is read first.
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let (released, ended) = (read(&self.released), read(&self.ended));
+        let retained = read(&self.retained);
+        let claimed = read(&self.claimed);
+        stats.calls += claimed + read(&self.taken_over);
+        stats.joined += read(&self.joined);
+        stats.errors += read(&self.errors);
+        stats.in_flight += claimed.saturating_sub(retained + ended);
+        stats.retained += retained.saturating_sub(released);
     }
 }

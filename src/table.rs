@@ -15,7 +15,7 @@ pub(crate) enum Claim<F: Family> {
     /// It is in; the flight that it replaces, an expired or ended one, is out.
     Claimed { replaced: Option<Arc<Flight<F>>> },
     /// Another live flight has the key.
-    Taken(Arc<Flight<F>>),
+    Taken,
 }
 
 /// Looks for a key among flights of its hash.
@@ -136,15 +136,20 @@ mod lock_free {
             Ok(found.map(|flight| look(flight, guard.thread_id())))
         }
 
-        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: Nanos) -> Result<Claim<F>, F::Error> {
+        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: fn() -> Nanos) -> Result<Claim<F>, F::Error> {
             let guard = self.chains.guard();
+            // The key was not there a moment ago.
+            let alone = Chain::One(Arc::clone(flight));
+            if self.exchange(flight.hash(), None, Some(&alone), &guard) {
+                return Ok(Claim::Claimed { replaced: None });
+            }
             loop {
                 let before = self.chains.get(&flight.hash(), &guard);
                 let there = before.map_or(&[][..], Chain::flights);
                 let place = position(there, flight.key())?;
                 let replaced = place.map(|place| Arc::clone(&there[place]));
-                if let Some(live) = replaced.as_ref().filter(|found| found.is_live(now)) {
-                    return Ok(Claim::Taken(Arc::clone(live)));
+                if replaced.as_ref().is_some_and(|found| found.is_live(now())) {
+                    return Ok(Claim::Taken);
                 }
                 let after = Chain::of(there, place, Some(flight));
                 if self.exchange(flight.hash(), before, after.as_ref(), &guard) {
@@ -154,6 +159,11 @@ mod lock_free {
                     return Ok(Claim::Claimed { replaced });
                 }
             }
+        }
+
+        /// Keeps the table half empty, so that looking for a key that is not there is short.
+        pub(crate) fn make_room(&self) {
+            self.chains.reserve(self.chains.len() / 2, &self.chains.guard());
         }
 
         /// Removes this very flight. True if it was still there.
@@ -248,18 +258,20 @@ mod locked {
             Ok(found.map(|flight| look(flight, usize::MAX)))
         }
 
-        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: Nanos) -> Result<Claim<F>, F::Error> {
+        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: fn() -> Nanos) -> Result<Claim<F>, F::Error> {
             let mut flights = self.0.lock();
             let Some(place) = position(&flights, flight.key())? else {
                 flights.push(Arc::clone(flight));
                 return Ok(Claim::Claimed { replaced: None });
             };
-            if flights[place].is_live(now) {
-                return Ok(Claim::Taken(Arc::clone(&flights[place])));
+            if flights[place].is_live(now()) {
+                return Ok(Claim::Taken);
             }
             let replaced = std::mem::replace(&mut flights[place], Arc::clone(flight));
             Ok(Claim::Claimed { replaced: Some(replaced) })
         }
+
+        pub(crate) fn make_room(&self) {}
 
         pub(crate) fn remove(&self, flight: &Arc<Flight<F>>) -> bool {
             let mut flights = self.0.lock();

@@ -13,7 +13,7 @@ from llm_batch_coalesce._async import AsyncBatchCoalescer, call_is_lost, cancel_
 from llm_batch_coalesce._copying import copy_error
 from llm_batch_coalesce._errors import CallResultError, CoalesceError, RecursiveCallError, SharedCallError
 from llm_batch_coalesce._sharing import recursive_error, settle
-from llm_batch_coalesce._sync import BatchCoalescer, run
+from llm_batch_coalesce._sync import BatchCoalescer, refuse
 
 __all__ = [
     "AsyncBatchCoalescer",
@@ -28,7 +28,7 @@ __all__ = [
 __version__: str = _core.__version__
 
 _core._install(  # noqa: SLF001 - the package is one; the core knows the Python layer by these functions only
-    run=run,
+    refuse=refuse,
     settle=settle,
     copy_error=copy_error,
     recursive_error=recursive_error,

@@ -1,7 +1,7 @@
 """The compiled core. Public names are re-exported by the package; the rest is for the package alone."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from typing import Any, Final, Self, TypeVar, final
 from weakref import ReferenceType
 
@@ -86,7 +86,7 @@ class Token:
 
 def _install(
     *,
-    run: Callable[[Callable[[], Any]], Any],
+    refuse: Callable[[Callable[[], Any], Coroutine[Any, Any, Any]], Exception],
     settle: Callable[[Coalescer, BaseException], tuple[Exception, bool] | None],
     copy_error: Callable[[Exception], Exception],
     recursive_error: Callable[[Hashable], Exception],

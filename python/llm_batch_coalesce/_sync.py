@@ -1,7 +1,6 @@
 """The coalescer of threads. Its `get_or_call` is compiled: a hit enters no Python frame."""
 
-from collections.abc import Callable
-from types import CoroutineType
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from llm_batch_coalesce._core import ThreadCoalescer
@@ -33,15 +32,7 @@ class BatchCoalescer(ThreadCoalescer):
     __slots__ = ()
 
 
-def run(fn: Callable[[], Any]) -> Any:  # noqa: ANN401 - any value at all
-    """Run the callable of a call in the leader's thread."""
-    value = fn()
-    if type(value) is CoroutineType:
-        value.close()
-        _refuse(fn)
-    return value
-
-
-def _refuse(fn: Callable[[], Any]) -> None:
-    msg = f"fn returned a coroutine, which threads cannot share; use AsyncBatchCoalescer for {shown(fn)}"
-    raise CallResultError(msg)
+def refuse(fn: Callable[[], Any], coroutine: Coroutine[Any, Any, Any]) -> CallResultError:
+    """Make the error of a callable that returned a coroutine, and close that."""
+    coroutine.close()
+    return CallResultError(f"fn returned a coroutine, which threads cannot share; use AsyncBatchCoalescer for {shown(fn)}")

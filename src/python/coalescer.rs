@@ -12,9 +12,9 @@ use super::options::{self, Ttl};
 use super::task::{Ticket, Within};
 use super::{ffi, key};
 use crate::flight::{Flight, Standing};
-use crate::map::{Lead, Map, Place, Turn};
+use crate::map::{Found, Lead, Map, Place};
 use crate::sync::Arc;
-use crate::waiter::{LoopId, NO_LOOP, Wakeup};
+use crate::waiter::{NO_LOOP, Wakeup};
 
 /// What both kinds of coalescer have: the map, the options, and the questions about them.
 #[pyclass(frozen, subclass, weakref, module = "llm_batch_coalesce._core")]
@@ -61,15 +61,15 @@ impl Coalescer {
         let name = slf.get_type().name()?;
         let seconds = |ttl: Ttl| pyo3::types::PyFloat::new(slf.py(), ttl.seconds).to_string();
         // What has expired is not retained, though it may wait for the sweeper.
-        let kept = this.map.keys();
+        this.map.expire();
         let stats = this.map.stats();
         let errors = this.error_ttl.map(|ttl| format!(", error_ttl_seconds={}", seconds(ttl)));
         Ok(format!(
             "<{name} ttl_seconds={}{} in_flight={} retained={} calls={} joined={} hits={} errors={}>",
             seconds(this.ttl),
             errors.unwrap_or_default(),
-            stats.in_flight.max(0),
-            stats.retained.clamp(0, isize::try_from(kept).unwrap_or(isize::MAX)),
+            stats.in_flight,
+            stats.retained,
             stats.calls,
             stats.joined,
             stats.hits,
@@ -84,9 +84,9 @@ impl Coalescer {
         r#fn: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let hash = key::hash(key)?;
-        match slf.get().hit(hash, key)? {
-            Some(shared) => shared.into_result(),
-            None => Self::begin_missed(slf, hash, key, r#fn),
+        match slf.get().find(hash, key)? {
+            Found::Hit(shared) => shared.into_result(),
+            found => Self::begin_missed(slf, found, hash, key, r#fn),
         }
     }
 
@@ -121,23 +121,14 @@ fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyT
 
 impl Coalescer {
     #[inline]
-    fn hit<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> PyResult<Option<Shared<'py>>> {
-        self.map.hit(hash, key.as_unbound(), |outcome| outcome.share(key.py()))
-    }
-
-    fn turn<'py>(
-        &self,
-        hash: u64,
-        key: &Bound<'py, PyAny>,
-        from: LoopId,
-    ) -> PyResult<Turn<Python3, Shared<'py>>> {
-        let own = || key.clone().unbind();
-        self.map.turn(hash, key.as_unbound(), own, |outcome| outcome.share(key.py()), from)
+    fn find<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> PyResult<Found<Python3, Shared<'py>>> {
+        self.map.find(hash, key.as_unbound(), |outcome| outcome.share(key.py()))
     }
 
     #[cold]
     fn begin_missed<'py>(
         slf: &Bound<'py, Self>,
+        mut found: Found<Python3, Shared<'py>>,
         hash: u64,
         key: &Bound<'py, PyAny>,
         r#fn: &Bound<'py, PyAny>,
@@ -147,18 +138,22 @@ impl Coalescer {
         let event_loop = running_loop(py)?;
         let loop_id = event_loop.as_ptr().addr();
         loop {
-            let ticket = match this.turn(hash, key, loop_id)? {
-                Turn::Hit(shared) => return shared.into_result(),
-                Turn::Lead(lead) => Ticket::leading(lead, loop_id),
-                Turn::Join(flight) => {
+            let ticket = match found {
+                Found::Hit(shared) => return shared.into_result(),
+                Found::Nothing => {
+                    let lead = this.map.claim(hash, key.clone().unbind(), loop_id)?;
+                    lead.map(|lead| Ticket::leading(lead, loop_id))
+                }
+                Found::Pending(flight) => {
                     if Within::includes(py, &flight)? {
                         return Err(recursive_error(key)?);
                     }
-                    match Ticket::joining(&this.map, &flight, &event_loop)? {
-                        Some(ticket) => ticket,
-                        None => continue,
-                    }
+                    Ticket::joining(&this.map, &flight, &event_loop)?
                 }
+            };
+            let Some(ticket) = ticket else {
+                found = this.find(hash, key)?;
+                continue;
             };
             return Ok(Bound::new(py, ticket)?.into_any());
         }
@@ -211,9 +206,9 @@ impl ThreadCoalescer {
         r#fn: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let hash = key::hash(key)?;
-        match slf.as_super().get().hit(hash, key)? {
-            Some(shared) => shared.into_result(),
-            None => missed(slf.as_super(), hash, key, r#fn),
+        match slf.as_super().get().find(hash, key)? {
+            Found::Hit(shared) => shared.into_result(),
+            found => missed(slf.as_super(), found, hash, key, r#fn),
         }
     }
 }
@@ -221,6 +216,7 @@ impl ThreadCoalescer {
 #[cold]
 fn missed<'py>(
     slf: &Bound<'py, Coalescer>,
+    mut found: Found<Python3, Shared<'py>>,
     hash: u64,
     key: &Bound<'py, PyAny>,
     r#fn: &Bound<'py, PyAny>,
@@ -228,35 +224,41 @@ fn missed<'py>(
     let (py, this) = (slf.py(), slf.get());
     options::callable("fn", r#fn)?;
     loop {
-        match this.turn(hash, key, NO_LOOP)? {
-            Turn::Hit(shared) => return shared.into_result(),
-            Turn::Lead(lead) => return lead_call(slf, lead, r#fn),
-            Turn::Join(flight) => {
+        match found {
+            Found::Hit(shared) => return shared.into_result(),
+            Found::Nothing => {
+                if let Some(lead) = this.map.claim(hash, key.clone().unbind(), NO_LOOP)? {
+                    return lead_call(slf, lead, r#fn);
+                }
+            }
+            Found::Pending(flight) => {
                 if Led::includes(&flight) {
                     return Err(recursive_error(key)?);
                 }
-                let Some(place) = this.map.join(&flight, NO_LOOP, Wakeup::this_thread()) else { continue };
-                drop(flight);
-                match wait(py, &place)? {
-                    Standing::Offered => {
-                        if let Some(lead) = place.take_lead() {
-                            drop(place);
-                            return lead_call(slf, lead, r#fn);
+                if let Some(place) = this.map.join(&flight, NO_LOOP, Wakeup::this_thread()) {
+                    drop(flight);
+                    match wait(py, &place)? {
+                        Standing::Offered => {
+                            if let Some(lead) = place.take_lead() {
+                                drop(place);
+                                return lead_call(slf, lead, r#fn);
+                            }
                         }
-                    }
-                    Standing::Landed => {
-                        if let Some(outcome) = place.outcome() {
-                            place.count_joined();
-                            let shared = outcome.share(py);
-                            drop(place);
-                            return shared.into_result();
+                        Standing::Landed => {
+                            if let Some(outcome) = place.outcome() {
+                                place.count_joined();
+                                let shared = outcome.share(py);
+                                drop(place);
+                                return shared.into_result();
+                            }
                         }
+                        // None of these befalls a thread; asking again is right in any case.
+                        Standing::Waiting | Standing::Private | Standing::Cancelled | Standing::Withdrawn => {}
                     }
-                    // None of these befalls a thread; asking again is right in any case.
-                    Standing::Waiting | Standing::Private | Standing::Cancelled | Standing::Withdrawn => {}
                 }
             }
         }
+        found = this.find(hash, key)?;
     }
 }
 
@@ -267,10 +269,13 @@ fn lead_call<'py>(
     r#fn: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = slf.py();
-    let run = Hooks::get(py)?.run.bind(py);
     let result = {
         let _led = Led::push(&lead);
-        ffi::call1(run, r#fn)
+        ffi::call0(r#fn)
+    };
+    let result = match result {
+        Ok(value) if ffi::is_coroutine(&value) => Err(refused(r#fn, &value)?),
+        result => result,
     };
     match result {
         Ok(value) => {
@@ -283,6 +288,11 @@ fn lead_call<'py>(
             Err(PyErr::from_value(exception))
         }
     }
+}
+
+/// The error of a callable that returned a coroutine, which threads cannot share.
+fn refused(r#fn: &Bound<'_, PyAny>, coroutine: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+    Ok(PyErr::from_value(Hooks::get(r#fn.py())?.refuse.bind(r#fn.py()).call1((r#fn, coroutine))?))
 }
 
 /// Waits until the flight has something for this thread.

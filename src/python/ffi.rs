@@ -4,7 +4,6 @@
 use std::hint::black_box;
 use std::mem::forget;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::ptr::null_mut;
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -33,35 +32,32 @@ fn stop_unwinding<R>(call: impl FnOnce() -> R) -> R {
     result
 }
 
-type Vectorcall = unsafe extern "C-unwind" fn(
-    *mut ffi::PyObject,
-    *const *mut ffi::PyObject,
-    usize,
-    *mut ffi::PyObject,
-) -> *mut ffi::PyObject;
+type CallNoArgs = unsafe extern "C-unwind" fn(*mut ffi::PyObject) -> *mut ffi::PyObject;
 type RichCompareBool = unsafe extern "C-unwind" fn(*mut ffi::PyObject, *mut ffi::PyObject, i32) -> i32;
 type RestoreThread = unsafe extern "C-unwind" fn(*mut ffi::PyThreadState);
 
-/// Calls a Python function with one argument.
-pub(super) fn call1<'py>(
-    function: &Bound<'py, PyAny>,
-    argument: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyAny>> {
+/// Calls the user's callable.
+pub(super) fn call0<'py>(callable: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     // SAFETY: the same function and the same calling convention; only unwinding is no longer ruled out. `black_box`
     // keeps the compiler from seeing that it is the function declared as never unwinding.
-    let call: Vectorcall = unsafe {
-        std::mem::transmute::<*const (), Vectorcall>(black_box(ffi::PyObject_Vectorcall as *const ()))
+    let call: CallNoArgs = unsafe {
+        std::mem::transmute::<*const (), CallNoArgs>(black_box(ffi::PyObject_CallNoArgs as *const ()))
     };
-    let arguments = [argument.as_ptr()];
-    // SAFETY: attached (there is a `Bound`), and the arguments are borrowed for the call.
-    let result = stop_unwinding(|| unsafe { call(function.as_ptr(), arguments.as_ptr(), 1, null_mut()) });
+    // SAFETY: attached, since there is a `Bound`.
+    let result = stop_unwinding(|| unsafe { call(callable.as_ptr()) });
     // SAFETY: a new reference, or null with an exception set.
-    unsafe { Bound::from_owned_ptr_or_err(function.py(), result) }
+    unsafe { Bound::from_owned_ptr_or_err(callable.py(), result) }
+}
+
+/// Whether this is what calling an `async def` returns.
+pub(super) fn is_coroutine(value: &Bound<'_, PyAny>) -> bool {
+    // SAFETY: attached; the type is one of the interpreter's own.
+    unsafe { ffi::PyCoro_CheckExact(value.as_ptr()) != 0 }
 }
 
 /// Runs `wait` while this thread is detached from the interpreter. `wait` must not touch any Python object.
 pub(super) fn detached<R>(_py: Python<'_>, wait: impl FnOnce() -> R) -> R {
-    // SAFETY: as in `call1`.
+    // SAFETY: as in `call0`.
     let restore: RestoreThread = unsafe {
         std::mem::transmute::<*const (), RestoreThread>(black_box(ffi::PyEval_RestoreThread as *const ()))
     };
@@ -89,7 +85,7 @@ pub(super) fn same_key(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> PyResult<bool>
 }
 
 fn compare(stored: &Bound<'_, PyAny>, wanted: &Bound<'_, PyAny>) -> PyResult<bool> {
-    // SAFETY: as in `call1`.
+    // SAFETY: as in `call0`.
     let compare: RichCompareBool = unsafe {
         std::mem::transmute::<*const (), RichCompareBool>(black_box(
             ffi::PyObject_RichCompareBool as *const (),

@@ -6,8 +6,8 @@ use pyo3::sync::PyOnceLock;
 
 /// Functions of the Python layer. The core knows them by these names only.
 pub(super) struct Hooks {
-    /// `(fn) -> value`: runs the callable of a call in this thread.
-    pub(super) run: Py<PyAny>,
+    /// `(fn, coroutine) -> exception`: closes the coroutine; the error of a callable that threads cannot share.
+    pub(super) refuse: Py<PyAny>,
     /// `(coalescer, exception) -> (template, retain) | None`: how a failed call is shared; `None` for not at all.
     pub(super) settle: Py<PyAny>,
     /// `(template) -> exception`: a copy to raise.
@@ -34,10 +34,10 @@ impl Hooks {
 
 /// Installs the Python layer's functions; those given first stay.
 #[pyfunction]
-#[pyo3(signature = (*, run, settle, copy_error, recursive_error, cancel_call, call_is_lost))]
+#[pyo3(signature = (*, refuse, settle, copy_error, recursive_error, cancel_call, call_is_lost))]
 pub(super) fn _install(
     py: Python<'_>,
-    run: Py<PyAny>,
+    refuse: Py<PyAny>,
     settle: Py<PyAny>,
     copy_error: Py<PyAny>,
     recursive_error: Py<PyAny>,
@@ -45,7 +45,7 @@ pub(super) fn _install(
     call_is_lost: Py<PyAny>,
 ) -> PyResult<()> {
     let set_all_done = wrap_pyfunction!(super::family::set_all_done, py)?.into_any().unbind();
-    let hooks = Hooks { run, settle, copy_error, recursive_error, cancel_call, call_is_lost, set_all_done };
+    let hooks = Hooks { refuse, settle, copy_error, recursive_error, cancel_call, call_is_lost, set_all_done };
     // A second import (a reload) brings the same functions.
     let _ = HOOKS.set(py, hooks);
     Ok(())

@@ -24,6 +24,18 @@ def wait_for_waiters(coalescer: Any, key: object, count: int) -> None:
     wait_until(lambda: coalescer._waiters(key) == count)
 
 
+def ask(coalescer: Any, thread: "LoopThread", fn: Callable[[], Any]) -> "Asked":
+    """Ask for "k" on a loop that runs in a thread; returns when that caller leads or waits."""
+
+    def calls() -> str:
+        return repr(coalescer).split(" calls=")[1].split()[0]
+
+    led, waiting = calls(), coalescer._waiters("k")
+    asked = thread.start(coalescer.get_or_call("k", fn))
+    wait_until(lambda: coalescer._waiters("k") > waiting or calls() != led)
+    return asked
+
+
 async def let_run(rounds: int = 20) -> None:
     """Let all other tasks of this loop run until they wait for something."""
     for _ in range(rounds):
@@ -57,6 +69,7 @@ class HeldCall:
         return self.value
 
     def release(self) -> None:
+        assert self.started.wait(PATIENCE)
         self.loop.call_soon_threadsafe(self._gate.set)
 
 

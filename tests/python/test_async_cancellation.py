@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_for_waiters, wait_until
+from loops import PATIENCE, HeldCall, LoopThread, ask, let_run, wait_for_waiters, wait_until
 
 from llm_batch_coalesce import AsyncBatchCoalescer, _core
 
@@ -412,14 +412,6 @@ async def test_when_all_are_cancelled_that_should_lead_the_next_caller_leads_ane
     assert all(waiter.cancelled() for waiter in waiters)
     assert "k" not in coalescer
     assert await coalescer.get_or_call("k", own) == "own"
-
-
-def ask(coalescer, loop, fn):
-    """Ask on another loop; returns when it leads or waits."""
-    calls, waiters = repr(coalescer).split("calls=")[1].split()[0], coalescer._waiters("k")
-    asked = loop.start(coalescer.get_or_call("k", fn))
-    wait_until(lambda: coalescer._waiters("k") > waiters or f"calls={calls} " not in repr(coalescer))
-    return asked
 
 
 def test_a_waiter_on_a_loop_that_is_busy_passes_the_lead_on_if_it_is_cancelled(coalescer, loops):

@@ -10,7 +10,7 @@ import warnings
 import weakref
 
 import pytest
-from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_for_waiters, wait_until
+from loops import PATIENCE, HeldCall, LoopThread, ask, let_run, wait_for_waiters, wait_until
 
 from llm_batch_coalesce import AsyncBatchCoalescer, CallResultError, CoalesceError, _core
 
@@ -271,10 +271,7 @@ def test_nothing_is_complained_about_when_loops_share_an_error_and_end(complaint
     threads = [LoopThread() for _ in range(3)]
     for thread in threads:
         thread.loop.set_exception_handler(complaints.in_loop)
-    asked = []
-    for thread in threads:
-        asked.append(thread.start(coalescer.get_or_call("k", call)))
-        wait_for_waiters(coalescer, "k", len(asked) - 1)
+    asked = [ask(coalescer, thread, call) for thread in threads]
     asked[1].cancel()
     wait_for_waiters(coalescer, "k", 1)
     call.release()
@@ -550,9 +547,8 @@ def test_what_a_closed_loop_has_left_pending_is_collected_with_the_coalescer(com
     def leave_pending():
         coalescer, call, thread = AsyncBatchCoalescer(ttl_seconds=60), HeldCall(Value()), LoopThread()
         thread.loop.set_exception_handler(lambda *_: None)
-        thread.start(coalescer.get_or_call("k", call))
-        thread.start(coalescer.get_or_call("k", refused))
-        wait_for_waiters(coalescer, "k", 1)
+        ask(coalescer, thread, call)
+        ask(coalescer, thread, refused)
         thread.close()
         return [weakref.ref(kept) for kept in (coalescer, call, call.value, thread.loop)]
 
@@ -685,4 +681,23 @@ async def test_a_caller_that_was_told_of_a_recursion_keeps_nothing_alive(coalesc
     await let_run()
     assert isinstance(outcomes[0], CoalesceError)
     outcomes.clear()
+    assert alive[0]() is None
+
+
+@pytest.mark.usefixtures("no_collection")
+async def test_an_error_that_reaches_a_leader_cancelled_at_that_moment_keeps_nothing_alive(coalescer):
+    alive, callers = [], []
+
+    async def call():
+        local = Value()
+        alive.append(weakref.ref(local))
+        await let_run(2)
+        callers[0].cancel()
+        raise GeneratorExit
+
+    callers.append(asyncio.create_task(coalescer.get_or_call("k", call)))
+    await let_run()
+    assert isinstance(callers[0].exception(), GeneratorExit)
+    callers.clear()
+    await let_run()
     assert alive[0]() is None

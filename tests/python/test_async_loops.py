@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 
 import pytest
-from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_for_waiters, wait_until
+from loops import PATIENCE, HeldCall, LoopThread, ask, let_run, wait_for_waiters, wait_until
 
 from llm_batch_coalesce import AsyncBatchCoalescer
 
@@ -95,10 +95,7 @@ def test_waiters_elsewhere_need_nothing_more_of_the_leaders_loop(loops):
 def test_a_waiter_whose_loop_is_busy_holds_up_nobody_else(loops):
     coalescer, call = AsyncBatchCoalescer(ttl_seconds=0), HeldCall(object())
     leading, busy, other = loops(3)
-    asked = []
-    for thread in (leading, busy, other):
-        asked.append(thread.start(coalescer.get_or_call("k", call)))
-        wait_for_waiters(coalescer, "k", len(asked) - 1)
+    asked = [ask(coalescer, thread, call) for thread in (leading, busy, other)]
     busy.hold()
     call.release()
     assert asked[0].result() is asked[2].result() is call.value
@@ -111,10 +108,7 @@ def test_a_waiter_whose_loop_is_busy_holds_up_nobody_else(loops):
 def test_a_waiter_whose_loop_was_closed_holds_up_nobody_else(loops):
     coalescer, call = AsyncBatchCoalescer(ttl_seconds=0), HeldCall("value")
     leading, closed, other = loops(3)
-    asked = []
-    for thread in (leading, closed, other):
-        asked.append(thread.start(coalescer.get_or_call("k", call)))
-        wait_for_waiters(coalescer, "k", len(asked) - 1)
+    asked = [ask(coalescer, thread, call) for thread in (leading, closed, other)]
     closed.close()
     call.release()
     assert [asked[0].result(), asked[2].result()] == ["value", "value"]
@@ -137,10 +131,7 @@ def test_a_loop_that_cannot_be_woken_holds_up_no_other_loop(loops, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
     coalescer, call = AsyncBatchCoalescer(ttl_seconds=0), HeldCall("value")
     threads = loops(1) + loops(1, Unreachable) + loops(2)
-    asked = []
-    for thread in threads:
-        asked.append(thread.start(coalescer.get_or_call("k", call)))
-        wait_for_waiters(coalescer, "k", len(asked) - 1)
+    asked = [ask(coalescer, thread, call) for thread in threads]
     threads[1].loop.cut_off = True
     call.release()
     try:

@@ -285,11 +285,13 @@ coalescer = BatchCoalescer()
 entered, released = threading.Event(), threading.Event()
 def call():
     entered.set()
+    while not coalescer._waiters("k"):
+        released.wait(0.001)
+    print("waiting", flush=True)
     released.wait(30)
 leader = threading.Thread(target=coalescer.get_or_call, args=("k", call))
 leader.start()
 entered.wait(30)
-print("waiting", flush=True)
 try:
     coalescer.get_or_call("k", call)
 except KeyboardInterrupt:
