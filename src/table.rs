@@ -136,7 +136,11 @@ mod lock_free {
             Ok(found.map(|flight| look(flight, guard.thread_id())))
         }
 
-        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: fn() -> Nanos) -> Result<Claim<F>, F::Error> {
+        pub(crate) fn claim(
+            &self,
+            flight: &Arc<Flight<F>>,
+            now: fn() -> Nanos,
+        ) -> Result<Claim<F>, F::Error> {
             let guard = self.chains.guard();
             // The key was not there a moment ago.
             let alone = Chain::One(Arc::clone(flight));
@@ -258,7 +262,11 @@ mod locked {
             Ok(found.map(|flight| look(flight, usize::MAX)))
         }
 
-        pub(crate) fn claim(&self, flight: &Arc<Flight<F>>, now: fn() -> Nanos) -> Result<Claim<F>, F::Error> {
+        pub(crate) fn claim(
+            &self,
+            flight: &Arc<Flight<F>>,
+            now: fn() -> Nanos,
+        ) -> Result<Claim<F>, F::Error> {
             let mut flights = self.0.lock();
             let Some(place) = position(&flights, flight.key())? else {
                 flights.push(Arc::clone(flight));

@@ -47,10 +47,15 @@ def wake_target():
 def wake(wait, release, waiting, count=1_000):
     """Seconds from `release` until the last of the waiting threads is back in Python."""
     back = []
+    # They stay until all are back: the end of a thread costs more than its waking.
+    hold = threading.Lock()
+    hold.acquire()
 
     def work():
         wait()
         back.append(time.perf_counter())
+        with hold:
+            pass
 
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
@@ -61,6 +66,9 @@ def wake(wait, release, waiting, count=1_000):
     time.sleep(0.02)
     start = time.perf_counter()
     release()
+    while len(back) < count:
+        time.sleep(0.001)
+    hold.release()
     for thread in threads:
         thread.join()
     return max(back) - start

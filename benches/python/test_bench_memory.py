@@ -15,11 +15,14 @@ def resident():
 count = 1_000_000
 keys = [f"define:{number}" for number in range(count)]
 coalescer = BatchCoalescer(ttl_seconds=3_600.0)
-coalescer.get_or_call("warm", lambda: None)
+def nothing():
+    return None
+
+coalescer.get_or_call("warm", nothing)
 gc.collect()
 before = resident()
 for key in keys:
-    coalescer.get_or_call(key, lambda: None)
+    coalescer.get_or_call(key, nothing)
 after = resident()
 store = dict.fromkeys(keys)
 json.dump([(after - before) / count, (resident() - after) / count], sys.stdout)

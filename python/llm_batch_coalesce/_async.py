@@ -91,9 +91,10 @@ class AsyncBatchCoalescer(Coalescer):
             found = self._begin(key, fn)
             if type(found) is not Ticket:
                 return found  # type: ignore[no-any-return]
-            if not found.leads:
+            future = found.future
+            if future is not None:
                 try:
-                    await found.future
+                    await future
                 except BaseException:
                     found.leave()
                     raise
@@ -119,9 +120,12 @@ class AsyncBatchCoalescer(Coalescer):
                     ticket.leave()
                     # The call may have ended in the very moment; what is no Exception must not be lost (rule 4).
                     error = _error_of(task)
-                    if error is not None and not isinstance(error, Exception):
+                    if isinstance(error, Exception | None):
+                        raise
+                    try:
                         raise error from None
-                    raise
+                    finally:
+                        del error, task
         error = _error_of(task)
         if error is not None:
             ticket.leave()

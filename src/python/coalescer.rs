@@ -1,6 +1,7 @@
 //! The base classes of the public coalescers.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -14,7 +15,7 @@ use super::{ffi, key};
 use crate::flight::{Flight, Standing};
 use crate::map::{Found, Lead, Map, Place};
 use crate::sync::Arc;
-use crate::waiter::{NO_LOOP, Wakeup};
+use crate::waiter::{LoopId, NO_LOOP, Wakeup};
 
 /// What both kinds of coalescer have: the map, the options, and the questions about them.
 #[pyclass(frozen, subclass, weakref, module = "llm_batch_coalesce._core")]
@@ -22,6 +23,9 @@ pub(super) struct Coalescer {
     pub(super) map: Arc<Map<Python3>>,
     pub(super) ttl: Ttl,
     pub(super) error_ttl: Option<Ttl>,
+    /// Set with the first key or outcome that could be part of a reference cycle. Until then the garbage collector has
+    /// nothing to look for here: a free-threaded build collects often, and would walk a million strings each time.
+    may_refer: AtomicBool,
 }
 
 #[pymethods]
@@ -33,7 +37,8 @@ impl Coalescer {
         #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
         #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: Option<Ttl>,
     ) -> Self {
-        Self { map: Map::new(), ttl: ttl_seconds, error_ttl: error_ttl_seconds }
+        let may_refer = AtomicBool::new(false);
+        Self { map: Map::new(), ttl: ttl_seconds, error_ttl: error_ttl_seconds, may_refer }
     }
 
     fn __len__(&self) -> usize {
@@ -97,6 +102,9 @@ impl Coalescer {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         let mut result = Ok(());
+        if !self.may_refer.load(Ordering::Relaxed) {
+            return result;
+        }
         self.map.for_each(|flight| {
             if result.is_ok() {
                 result = visit_flight(flight, &visit);
@@ -141,7 +149,7 @@ impl Coalescer {
             let ticket = match found {
                 Found::Hit(shared) => return shared.into_result(),
                 Found::Nothing => {
-                    let lead = this.map.claim(hash, key.clone().unbind(), loop_id)?;
+                    let lead = this.claim(hash, key, loop_id)?;
                     lead.map(|lead| Ticket::leading(lead, loop_id))
                 }
                 Found::Pending(flight) => {
@@ -159,6 +167,28 @@ impl Coalescer {
         }
     }
 
+    /// Claims a flight for a key that was not found; `None` if another caller was faster.
+    fn claim(&self, hash: u64, key: &Bound<'_, PyAny>, led_on: LoopId) -> PyResult<Option<Lead<Python3>>> {
+        self.note(key);
+        self.map.claim(hash, key.clone().unbind(), led_on)
+    }
+
+    /// Shares a call's value.
+    pub(super) fn complete(&self, lead: Lead<Python3>, value: Bound<'_, PyAny>) {
+        self.note(&value);
+        lead.complete(Outcome::Value(value.unbind()), self.ttl.nanos, false);
+    }
+
+    /// Notes an object that is about to be held, for the garbage collector. Before it is held, so that no collection
+    /// can come in between.
+    #[inline]
+    fn note(&self, object: &Bound<'_, PyAny>) {
+        // Relaxed: a collection sees all that its own thread or a stopped one has done.
+        if ffi::may_refer(object) && !self.may_refer.load(Ordering::Relaxed) {
+            self.may_refer.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Publishes how a call failed. The error itself is for the leader's own caller.
     pub(super) fn settle_error(
         slf: &Bound<'_, Self>,
@@ -173,6 +203,7 @@ impl Coalescer {
         }
         let (template, retain): (Py<PyAny>, bool) = settled.cast::<PyTuple>()?.extract()?;
         let ttl = if retain { this.error_ttl.unwrap_or(this.ttl).nanos } else { 0 };
+        this.may_refer.store(true, Ordering::Relaxed);
         lead.complete(Outcome::Error(template), ttl, true);
         Ok(true)
     }
@@ -227,7 +258,7 @@ fn missed<'py>(
         match found {
             Found::Hit(shared) => return shared.into_result(),
             Found::Nothing => {
-                if let Some(lead) = this.map.claim(hash, key.clone().unbind(), NO_LOOP)? {
+                if let Some(lead) = this.claim(hash, key, NO_LOOP)? {
                     return lead_call(slf, lead, r#fn);
                 }
             }
@@ -253,7 +284,8 @@ fn missed<'py>(
                             }
                         }
                         // None of these befalls a thread; asking again is right in any case.
-                        Standing::Waiting | Standing::Private | Standing::Cancelled | Standing::Withdrawn => {}
+                        Standing::Waiting | Standing::Private | Standing::Cancelled | Standing::Withdrawn => {
+                        }
                     }
                 }
             }
@@ -279,7 +311,7 @@ fn lead_call<'py>(
     };
     match result {
         Ok(value) => {
-            lead.complete(Outcome::Value(value.clone().unbind()), slf.get().ttl.nanos, false);
+            slf.get().complete(lead, value.clone());
             Ok(value)
         }
         Err(error) => {

@@ -148,10 +148,11 @@ fn wake_elsewhere(event_loop: &Bound<'_, PyAny>, futures: &[&Py<PyAny>]) -> PyRe
 /// A future says "done" only; the outcome is read from the flight.
 fn set_done(future: &Bound<'_, PyAny>) -> PyResult<()> {
     let py = future.py();
-    if !future.call_method0(intern!(py, "done"))?.is_truthy()? {
-        future.call_method1(intern!(py, "set_result"), (py.None(),))?;
+    match future.call_method1(intern!(py, "set_result"), (py.None(),)) {
+        // Its caller was cancelled a moment ago.
+        Err(_) if future.call_method0(intern!(py, "done"))?.is_truthy()? => Ok(()),
+        set => set.map(drop),
     }
-    Ok(())
 }
 
 /// Called on the loop that the futures belong to.

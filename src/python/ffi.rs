@@ -4,10 +4,11 @@
 use std::hint::black_box;
 use std::mem::forget;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr::null_mut;
 
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyString, PyTuple};
 
 /// Before CPython 3.14, a thread that takes the interpreter during finalization is ended by `pthread_exit`, whose
 /// unwinding must not reach a frame of PyO3: that aborts the process. So it stops here, and the thread waits for the
@@ -53,6 +54,33 @@ pub(super) fn call0<'py>(callable: &Bound<'py, PyAny>) -> PyResult<Bound<'py, Py
 pub(super) fn is_coroutine(value: &Bound<'_, PyAny>) -> bool {
     // SAFETY: attached; the type is one of the interpreter's own.
     unsafe { ffi::PyCoro_CheckExact(value.as_ptr()) != 0 }
+}
+
+/// The value of a context variable that has a default.
+pub(super) fn context_value<'py>(variable: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    let py = variable.py();
+    let mut value = null_mut();
+    // SAFETY: attached; the type is checked by the call, and `value` is written when it succeeds.
+    if unsafe { ffi::PyContextVar_Get(variable.as_ptr(), null_mut(), &raw mut value) } < 0 {
+        return Err(PyErr::fetch(py));
+    }
+    // SAFETY: a new reference, or null if there were no default.
+    Ok(unsafe { Bound::from_owned_ptr_or_opt(py, value) }.unwrap_or_else(|| py.None().into_bound(py)))
+}
+
+/// Whether an object can be part of a reference cycle, as its type tells; of a plain tuple, as its items tell, since
+/// tuples of strings are common keys.
+#[inline]
+pub(super) fn may_refer(object: &Bound<'_, PyAny>) -> bool {
+    if let Ok(items) = object.cast_exact::<PyTuple>() {
+        return items.iter_borrowed().any(|item| is_collected(item.as_any()));
+    }
+    is_collected(object)
+}
+
+fn is_collected(object: &Bound<'_, PyAny>) -> bool {
+    // SAFETY: attached, and the type is alive as long as the object.
+    unsafe { ffi::PyType_IS_GC(ffi::Py_TYPE(object.as_ptr())) != 0 }
 }
 
 /// Runs `wait` while this thread is detached from the interpreter. `wait` must not touch any Python object.

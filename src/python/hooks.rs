@@ -45,7 +45,8 @@ pub(super) fn _install(
     call_is_lost: Py<PyAny>,
 ) -> PyResult<()> {
     let set_all_done = wrap_pyfunction!(super::family::set_all_done, py)?.into_any().unbind();
-    let hooks = Hooks { refuse, settle, copy_error, recursive_error, cancel_call, call_is_lost, set_all_done };
+    let hooks =
+        Hooks { refuse, settle, copy_error, recursive_error, cancel_call, call_is_lost, set_all_done };
     // A second import (a reload) brings the same functions.
     let _ = HOOKS.set(py, hooks);
     Ok(())

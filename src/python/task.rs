@@ -10,7 +10,8 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyWeakrefReference;
 
 use super::coalescer::Coalescer;
-use super::family::{Outcome, Python3, TaskWaiter};
+use super::family::{Python3, Shared, TaskWaiter};
+use super::ffi;
 use crate::flight::{Flight, Standing};
 use crate::map::{Lead, Map, Place};
 use crate::sync::Arc;
@@ -41,7 +42,7 @@ impl<T> Slot<T> {
 /// A task's place in a flight that it does not find retained.
 #[pyclass(frozen, module = "llm_batch_coalesce._core")]
 pub(super) struct Ticket {
-    place: Slot<Arc<Place<Python3>>>,
+    place: Slot<Place<Python3>>,
     lead: Slot<Lead<Python3>>,
     loop_id: usize,
     future: Option<Py<PyAny>>,
@@ -49,7 +50,7 @@ pub(super) struct Ticket {
 
 impl Ticket {
     pub(super) fn leading(lead: Lead<Python3>, loop_id: usize) -> Self {
-        let place = Arc::new(lead.seat_caller(loop_id));
+        let place = lead.seat_caller(loop_id);
         Self { place: Slot::new(Some(place)), lead: Slot::new(Some(lead)), loop_id, future: None }
     }
 
@@ -64,19 +65,15 @@ impl Ticket {
         let task = TaskWaiter { event_loop: event_loop.clone().unbind(), future: future.clone().unbind() };
         let loop_id = event_loop.as_ptr().addr();
         Ok(map.join(flight, loop_id, Wakeup::Task(task)).map(|place| Self {
-            place: Slot::new(Some(Arc::new(place))),
+            place: Slot::new(Some(place)),
             lead: Slot::new(None),
             loop_id,
             future: Some(future.unbind()),
         }))
     }
 
-    fn place(&self) -> PyResult<Arc<Place<Python3>>> {
-        self.lock_place().ok_or_else(|| PyRuntimeError::new_err("the ticket's flight has been left"))
-    }
-
-    fn lock_place(&self) -> Option<Arc<Place<Python3>>> {
-        self.place.lock().clone()
+    fn take_place(&self) -> PyResult<Place<Python3>> {
+        self.place.take().ok_or_else(|| PyRuntimeError::new_err("the ticket's flight has been left"))
     }
 }
 
@@ -102,13 +99,16 @@ impl Ticket {
 
     /// Lets the leader's caller wait with this future. False when there is nothing to wait for any more.
     fn wait_with(&self, event_loop: Py<PyAny>, future: Py<PyAny>) -> PyResult<bool> {
-        Ok(self.place()?.wait_with(TaskWaiter { event_loop, future }))
+        let place = self.take_place()?;
+        let waits = place.wait_with(TaskWaiter { event_loop, future });
+        self.place.put(place);
+        Ok(waits)
     }
 
     /// The outcome for this caller. The ticket itself when it has to lead now, or (with `leads` false) to ask again.
     fn outcome<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
-        let place = this.place()?;
+        let place = this.take_place()?;
         match place.standing() {
             Standing::Landed => {
                 if !place.is_callers_own() {
@@ -116,25 +116,17 @@ impl Ticket {
                 }
                 let shared = place.outcome().map(|outcome| outcome.share(py));
                 drop(place);
-                drop(this.place.take());
-                match shared {
-                    Some(shared) => shared.into_result(),
-                    None => Ok(slf.clone().into_any()),
-                }
+                shared.map_or_else(|| Ok(slf.clone().into_any()), Shared::into_result)
             }
             Standing::Offered => {
                 if let Some(lead) = place.take_lead() {
-                    this.place.put(Arc::new(lead.seat_caller(this.loop_id)));
+                    this.place.put(lead.seat_caller(this.loop_id));
                     this.lead.put(lead);
                 }
                 Ok(slf.clone().into_any())
             }
             Standing::Private | Standing::Cancelled => Err(cancelled(py)?),
-            Standing::Waiting | Standing::Withdrawn => {
-                drop(place);
-                drop(this.place.take());
-                Ok(slf.clone().into_any())
-            }
+            Standing::Waiting | Standing::Withdrawn => Ok(slf.clone().into_any()),
         }
     }
 
@@ -183,7 +175,7 @@ impl Token {
     fn enter(&self, py: Python<'_>) -> PyResult<()> {
         let own = self.lead.lock().as_ref().map(|lead| (Arc::downgrade(lead.flight()), lead.epoch()));
         let current = Within::variable(py)?;
-        let outer = current.call_method0(intern!(py, "get"))?;
+        let outer = ffi::context_value(current)?;
         // Calls that are over are left out: a job that starts itself again would else gather them for ever.
         let outer = if outer.is_none() { Vec::new() } else { outer.cast::<Within>()?.get().under_way() };
         let within = Within { calls: outer.into_iter().chain(own).collect() };
@@ -203,8 +195,8 @@ impl Token {
     }
 
     /// Shares the call's value.
-    fn complete(&self, value: Py<PyAny>) -> PyResult<()> {
-        self.take()?.complete(Outcome::Value(value), self.coalescer.get().ttl.nanos, false);
+    fn complete(&self, value: Bound<'_, PyAny>) -> PyResult<()> {
+        self.coalescer.get().complete(self.take()?, value);
         Ok(())
     }
 
@@ -261,7 +253,7 @@ impl Within {
 
     /// Whether the current context belongs to the call that computes this flight.
     pub(super) fn includes(py: Python<'_>, flight: &Arc<Flight<Python3>>) -> PyResult<bool> {
-        let current = Self::variable(py)?.call_method0(intern!(py, "get"))?;
+        let current = ffi::context_value(Self::variable(py)?)?;
         if current.is_none() {
             return Ok(false);
         }
