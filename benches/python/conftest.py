@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-
 from model import BatchCoalescer as PureBatchCoalescer
 
 RESULTS = []

@@ -1,6 +1,7 @@
 """What a call costs beside itself: to lead, and to wake those that wait."""
 
 import asyncio
+import sys
 import threading
 import time
 
@@ -39,8 +40,6 @@ def test_miss_against_a_call_and_a_dict(compare):
 
 @pytest.fixture
 def wake_target():
-    import sys
-
     return WAKE_TARGET[getattr(sys, "_is_gil_enabled", lambda: True)()]
 
 

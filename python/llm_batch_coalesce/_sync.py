@@ -35,4 +35,6 @@ class BatchCoalescer(ThreadCoalescer):
 def refuse(fn: Callable[[], Any], coroutine: Coroutine[Any, Any, Any]) -> CallResultError:
     """Make the error of a callable that returned a coroutine, and close that."""
     coroutine.close()
-    return CallResultError(f"fn returned a coroutine, which threads cannot share; use AsyncBatchCoalescer for {shown(fn)}")
+    return CallResultError(
+        f"fn returned a coroutine, which threads cannot share; use AsyncBatchCoalescer for {shown(fn)}"
+    )

@@ -1,0 +1,80 @@
+"""What the package shows: its names, signatures, types and docs."""
+
+import doctest
+import importlib.metadata
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_batch_coalesce
+from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, _async, _core, _sync
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_all_names_exactly_the_public_names():
+    public = {
+        name
+        for name, value in vars(llm_batch_coalesce).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and name not in HOOKS
+    }
+    assert set(llm_batch_coalesce.__all__) == public | {"__version__"}
+
+
+# Functions that the package hands to its core.
+HOOKS = {"call_is_lost", "cancel_call", "copy_error", "recursive_error", "refuse", "settle"}
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert llm_batch_coalesce.__version__ == importlib.metadata.version("llm-batch-coalesce") == _core.__version__
+
+
+def test_the_package_requires_no_other():
+    required = importlib.metadata.requires("llm-batch-coalesce") or []
+    assert [requirement for requirement in required if "extra ==" not in requirement] == []
+
+
+@pytest.mark.parametrize("kind", [BatchCoalescer, AsyncBatchCoalescer])
+def test_signatures_read_as_documented(kind):
+    assert str(inspect.signature(kind)).startswith("(ttl_seconds")
+    assert list(inspect.signature(kind.get_or_call).parameters) == ["self", "key", "fn"]
+    assert "retained" in kind.get_or_call.__doc__
+
+
+def test_an_async_call_is_a_coroutine_so_that_it_can_be_a_task():
+    assert inspect.iscoroutinefunction(AsyncBatchCoalescer.get_or_call)
+
+
+@pytest.mark.parametrize("module", [_sync, _async])
+def test_the_examples_in_the_docs_hold(module):
+    assert doctest.testmod(module).attempted > 0
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_python_block_of_the_readme_runs(number, tmp_path):
+    script = tmp_path / "block.py"
+    script.write_text(BLOCKS[number])
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_readme_has_examples():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.skipif("free-threading" not in sys.version, reason="only a free-threaded build has the GIL to turn on")
+def test_the_gil_is_off_after_import():
+    program = "import sys, llm_batch_coalesce; print(sys._is_gil_enabled())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON_GIL"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=50, check=False
+    )
+    assert (ended.stdout, ended.stderr) == ("False\n", "")
