@@ -411,6 +411,8 @@ impl<F: Family> Flight<F> {
         let mut slot = self.pending.lock();
         let Some(open) = slot.as_mut() else {
             drop(slot);
+            // It has landed with this waiter in it, so others count on being woken by it.
+            waiter.pass_baton();
             self.release_outcome(waiter);
             return Left::Nothing;
         };
@@ -560,7 +562,6 @@ impl<F: Family> Seat<F> {
     }
 
     pub(crate) fn leave(&self) -> Left<F> {
-        self.pass_baton();
         self.flight.leave(&self.waiter)
     }
 }

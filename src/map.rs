@@ -227,6 +227,7 @@ impl<F: Family> Map<F> {
     }
 }
 
+#[cfg(not(loom))]
 impl<F: Family> Sweep for Map<F> {
     fn sweep(self: Arc<Self>, now: Nanos, limit: usize) -> Swept {
         let mut dying = std::mem::take(&mut *self.dying.lock());
