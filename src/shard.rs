@@ -64,7 +64,7 @@ impl<F: Family> Shard<F> {
 
     /// Notes that a flight was put into the table.
     pub(crate) fn note_claimed(&self) {
-        if self.counters.claimed.fetch_add(1, Ordering::Relaxed) % MAKE_ROOM_EVERY == 0 {
+        if self.counters.claimed.fetch_add(1, Ordering::Relaxed).is_multiple_of(MAKE_ROOM_EVERY) {
             self.table.make_room();
         }
     }

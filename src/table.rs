@@ -38,15 +38,18 @@ mod lock_free {
     use std::hash::{BuildHasherDefault, Hasher};
     use std::slice;
 
-    use papaya::{Compute, Guard, HashMap, LocalGuard, Operation};
+    use papaya::{Compute, Guard, HashMap, LocalGuard, Operation, ResizeMode};
 
     use super::{Arc, Claim, Family, Flight, Nanos, position};
+    use crate::stats::cpus;
     use crate::sync::{AtomicUsize, Ordering};
 
     pub(crate) struct Table<F: Family> {
         chains: HashMap<u64, Chain<F>, BuildHasherDefault<HashAsIs>>,
         /// Flights beyond the first of their hash.
         surplus: AtomicUsize,
+        /// How many readers a flush can bear, see [`release`](Self::release).
+        readers: usize,
     }
 
     /// The flights of one hash. Never changed in place: a new chain takes its place.
@@ -115,8 +118,13 @@ mod lock_free {
 
     impl<F: Family> Table<F> {
         pub(crate) fn new() -> Self {
-            let chains = HashMap::builder().hasher(BuildHasherDefault::default()).build();
-            Self { chains, surplus: AtomicUsize::new(0) }
+            // Not incremental: what is removed while a table is copied bit by bit stays until the old table is dropped, and
+            // that waits for the thread that has finished the copy to come back.
+            let chains = HashMap::builder()
+                .hasher(BuildHasherDefault::default())
+                .resize_mode(ResizeMode::Blocking)
+                .build();
+            Self { chains, surplus: AtomicUsize::new(0), readers: 2 * cpus() }
         }
 
         /// Reads the flight of a key while the table keeps it alive. `look` gets the thread's number, too.
@@ -158,7 +166,7 @@ mod lock_free {
                 let after = Chain::of(there, place, Some(flight));
                 if self.exchange(flight.hash(), before, after.as_ref(), &guard) {
                     if replaced.is_some() {
-                        guard.flush();
+                        self.release(&guard);
                     }
                     return Ok(Claim::Claimed { replaced });
                 }
@@ -222,7 +230,19 @@ mod lock_free {
 
         /// Drops what this thread has removed, at once or when the readers that may see it are done.
         pub(crate) fn flush(&self) {
-            self.chains.guard().flush();
+            self.release(&self.chains.guard());
+        }
+
+        /// What a thread has removed is handed on only together with an entry for each thread that reads at that moment
+        /// (seize 0.5). Entries that mean nothing make up the number, so that one removal is enough.
+        #[expect(unsafe_code, reason = "there is no safe way to retire what is no allocation")]
+        fn release(&self, guard: &LocalGuard<'_>) {
+            for _ in 0..self.readers {
+                let nothing = std::ptr::NonNull::<u8>::dangling().as_ptr();
+                // SAFETY: nothing is ever read from or done with the pointer.
+                unsafe { guard.defer_retire(nothing, |_, _| ()) };
+            }
+            guard.flush();
         }
 
         pub(crate) fn len(&self) -> usize {

@@ -75,7 +75,11 @@ impl Crowd<'_> {
             2 => lead.lose_loop(),
             way => {
                 let value = self.made.fetch_add(1, SeqCst);
-                lead.complete(Outcome::watched(value, &self.dropped), ttl[(way - 3) as usize], false);
+                lead.complete(
+                    Outcome::watched(value, &self.dropped),
+                    ttl[usize::try_from(way - 3).expect("small")],
+                    false,
+                );
             }
         }
         drop(caller);

@@ -42,23 +42,25 @@ pub(crate) fn eventually(mut look: impl FnMut() -> bool) {
 }
 
 /// The right to move the clock, which all tests share.
-pub(crate) struct Clock(MutexGuard<'static, ()>);
+pub(crate) struct Clock {
+    _held: MutexGuard<'static, ()>,
+}
 
 impl Clock {
     pub(crate) fn hold() -> Self {
         static CLOCK: Mutex<()> = Mutex::new(());
         loop {
             match CLOCK.try_lock() {
-                Ok(guard) => return Self(guard),
-                Err(TryLockError::Poisoned(poisoned)) => return Self(poisoned.into_inner()),
+                Ok(held) => return Self { _held: held },
+                Err(TryLockError::Poisoned(poisoned)) => return Self { _held: poisoned.into_inner() },
                 Err(TryLockError::WouldBlock) => assert!(!HANGS.load(SeqCst), "another test hangs"),
             }
             thread::yield_now();
         }
     }
 
+    #[expect(clippy::unused_self, reason = "only who holds the clock moves it")]
     pub(crate) fn advance(&self, nanos: Nanos) {
-        let _held = &self.0;
         clock::advance(Duration::from_nanos(nanos));
     }
 }
