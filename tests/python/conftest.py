@@ -1,5 +1,6 @@
 """What several tests need: threads that start together and whose failures are the test's."""
 
+import gc
 import sys
 import threading
 from collections.abc import Callable
@@ -38,6 +39,15 @@ class Crew:
         if self._errors:
             raise self._errors[0]
         return [self._outcomes[number] for number in sorted(self._outcomes)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_old_is_not_collected():
+    """Collections are quick, and find what the module's own tests have left, not what was imported or left before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import pickle
 import ssl
 import subprocess
+import sys
 import threading
 import traceback
 import urllib.error
@@ -533,13 +534,19 @@ def test_whatever_goes_wrong_while_copying_the_caller_gets_a_stand_in(monkeypatc
     assert str(shared(ValueError("message"))) == "the shared call raised ValueError: message"
 
 
+@pytest.mark.skipif(
+    sys.version_info[:2] == (3, 13) and "free-threading" in sys.version,
+    reason="free-threaded 3.13 keeps classes for ever once a second thread has run",
+)
 @pytest.mark.parametrize("slots", [(), ("slot",)])
 def test_copying_keeps_no_class_alive(slots: tuple[str, ...]) -> None:
     cls = type("Passing", (Exception,), {"__slots__": slots})
     assert type(shared(cls())) is cls
     is_alive = weakref.ref(cls)
     del cls
-    gc.collect()
+    # A free-threaded build may need more than one.
+    for _ in range(5):
+        gc.collect()
     assert is_alive() is None
 
 

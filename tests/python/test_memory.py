@@ -213,7 +213,7 @@ def test_a_collection_while_threads_insert_finds_the_map_whole(crews):
             count += 1
 
     inserting = crews().start(4, insert)
-    for _ in range(30):
+    for _ in range(10):
         gc.collect()
     stop.set()
     inserting.join()
