@@ -43,12 +43,13 @@ pub(crate) use thread::{wake_for_deadline, wake_for_watch};
 #[cfg(not(loom))]
 mod thread {
     use std::sync::atomic::{AtomicU64, Ordering};
-    use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+    use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
     use std::thread::JoinHandle;
     use std::time::Duration;
 
     use super::{Arc, Attached, FOREVER, Family, Map, Nanos, Sweep, Swept};
     use crate::clock::now;
+    use crate::fork;
 
     const MILLISECOND: Nanos = 1_000_000;
     /// Between two rounds, so that a stream of deadlines does not keep the thread awake.
@@ -59,23 +60,26 @@ mod thread {
     /// What one round drops at most, since it holds up a GIL build meanwhile.
     const BATCH: usize = 1_000;
 
-    /// The sweeper's next waking, so that most completions need not take its mutex.
-    static NEXT_WAKE: AtomicU64 = AtomicU64::new(FOREVER);
     static ATTACHED: OnceLock<Attached> = OnceLock::new();
-    static SWEEPER: Sweeper = Sweeper {
-        state: Mutex::new(State {
-            maps: Vec::new(),
-            wake_at: FOREVER,
-            running: false,
-            stopped: false,
-            thread: None,
-        }),
-        woken: Condvar::new(),
-    };
+    static SWEEPER: LazyLock<Sweeper> = LazyLock::new(Sweeper::new);
+
+    /// The sweeper of this process.
+    fn sweeper() -> &'static Sweeper {
+        let mut sweeper = &*SWEEPER;
+        while sweeper.birth != fork::birth() {
+            // A fork leaves its mutex as it was at that moment, and its thread behind.
+            sweeper = sweeper.successor.get_or_init(|| Box::leak(Box::new(Sweeper::new())));
+        }
+        sweeper
+    }
 
     struct Sweeper {
+        birth: u32,
+        /// Its next waking, so that most completions need not take the mutex.
+        next_wake: AtomicU64,
         state: Mutex<State>,
         woken: Condvar,
+        successor: OnceLock<&'static Sweeper>,
     }
 
     struct State {
@@ -86,18 +90,6 @@ mod thread {
         thread: Option<JoinHandle<()>>,
     }
 
-    impl State {
-        fn wake_by(&mut self, at: Nanos) {
-            self.wake_at = self.wake_at.min(at);
-            NEXT_WAKE.store(self.wake_at, Ordering::SeqCst);
-        }
-
-        fn nothing_due(&mut self) {
-            self.wake_at = FOREVER;
-            NEXT_WAKE.store(FOREVER, Ordering::SeqCst);
-        }
-    }
-
     /// Tells how to drop foreign objects. Without it they are dropped as they are.
     pub fn install(attached: Attached) {
         // A second one is the same function: the module's initialisation sets it.
@@ -105,30 +97,31 @@ mod thread {
     }
 
     pub(crate) fn wake_for_deadline<F: Family>(map: &Arc<Map<F>>, at: Nanos) {
-        register(map);
-        // SeqCst: the deadline was pushed before this look, and the sweeper resets NEXT_WAKE before it looks at the
+        let sweeper = sweeper();
+        sweeper.register(map);
+        // SeqCst: the deadline was pushed before this look, and the sweeper resets `next_wake` before it looks at the
         // deadlines, so at least one of the two sees the other.
-        if at < NEXT_WAKE.load(Ordering::SeqCst) {
-            SWEEPER.nudge(at);
+        if at < sweeper.next_wake.load(Ordering::SeqCst) {
+            sweeper.nudge(at);
         }
     }
 
     pub(crate) fn wake_for_watch<F: Family>(map: &Arc<Map<F>>) {
-        register(map);
-        SWEEPER.nudge(now() + TICK);
+        wake_for_deadline(map, now() + TICK);
     }
 
     /// Makes the sweeper look at once.
     pub fn wake_now() {
-        SWEEPER.nudge(0);
+        sweeper().nudge(0);
     }
 
     /// Ends the sweeper for good and waits for it. The caller must not hold what the sweeper needs to go on.
     pub fn stop() {
+        let sweeper = sweeper();
         let thread = {
-            let mut state = SWEEPER.lock();
+            let mut state = sweeper.lock();
             state.stopped = true;
-            SWEEPER.woken.notify_all();
+            sweeper.woken.notify_all();
             state.thread.take()
         };
         if let Some(thread) = thread {
@@ -137,16 +130,33 @@ mod thread {
         }
     }
 
-    fn register<F: Family>(map: &Arc<Map<F>>) {
-        // Relaxed: the mutex below orders the registration itself.
-        if map.registered.load(Ordering::Relaxed) || map.registered.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let map: Weak<dyn Sweep> = Arc::downgrade(map) as Weak<dyn Sweep>;
-        SWEEPER.lock().maps.push(map);
-    }
-
     impl Sweeper {
+        fn new() -> Self {
+            let state =
+                State { maps: Vec::new(), wake_at: FOREVER, running: false, stopped: false, thread: None };
+            Self {
+                birth: fork::birth(),
+                next_wake: AtomicU64::new(FOREVER),
+                state: Mutex::new(state),
+                woken: Condvar::new(),
+                successor: OnceLock::new(),
+            }
+        }
+
+        fn register<F: Family>(&self, map: &Arc<Map<F>>) {
+            // Relaxed: the mutex below orders the registration itself.
+            if map.registered.load(Ordering::Relaxed) || map.registered.swap(true, Ordering::Relaxed) {
+                return;
+            }
+            let map: Weak<dyn Sweep> = Arc::downgrade(map) as Weak<dyn Sweep>;
+            self.lock().maps.push(map);
+        }
+
+        fn wake_by(&self, state: &mut State, at: Nanos) {
+            state.wake_at = state.wake_at.min(at);
+            self.next_wake.store(state.wake_at, Ordering::SeqCst);
+        }
+
         fn lock(&self) -> MutexGuard<'_, State> {
             self.state.lock().unwrap_or_else(PoisonError::into_inner)
         }
@@ -156,27 +166,33 @@ mod thread {
             if state.stopped {
                 return;
             }
-            state.wake_by(at);
+            self.wake_by(&mut state, at);
             if state.running {
                 self.woken.notify_all();
                 return;
             }
-            // If no thread can be had, outcomes still expire for callers; they are only dropped later.
             let spawned =
                 std::thread::Builder::new().name("llm-batch-coalesce-sweeper".into()).spawn(|| self.run());
             state.running = spawned.is_ok();
+            if !state.running {
+                // Outcomes still expire for callers; the next completion tries again to have them dropped.
+                state.wake_at = FOREVER;
+                self.next_wake.store(FOREVER, Ordering::SeqCst);
+            }
             // A former thread has ended: it said so under this mutex.
             state.thread = spawned.ok();
         }
 
         fn run(&self) {
+            let mut patience = SHORTEST_SLEEP;
             loop {
                 let maps = {
                     let mut state = self.lock();
                     if state.stopped {
                         return;
                     }
-                    state.nothing_due();
+                    state.wake_at = FOREVER;
+                    self.next_wake.store(FOREVER, Ordering::SeqCst);
                     state.maps.retain(|map| map.strong_count() > 0);
                     state.maps.clone()
                 };
@@ -184,24 +200,26 @@ mod thread {
                 if round.removed >= BATCH {
                     continue;
                 }
-                if !self.sleep(&round) {
+                // What others hold on to is looked at ever more seldom.
+                patience = if round.dying { TICK.min(2 * patience) } else { SHORTEST_SLEEP };
+                if !self.sleep(&round, patience) {
                     return;
                 }
             }
         }
 
         /// Until the next round is due. False when there is nothing left to do.
-        fn sleep(&self, round: &Swept) -> bool {
+        fn sleep(&self, round: &Swept, patience: Nanos) -> bool {
             let mut state = self.lock();
             let earliest = now() + SHORTEST_SLEEP;
             if let Some(next) = round.next {
-                state.wake_by(next.max(earliest));
+                self.wake_by(&mut state, next.max(earliest));
             }
             if round.dying {
-                state.wake_by(earliest);
+                self.wake_by(&mut state, now() + patience);
             }
             if round.watching {
-                state.wake_by(now() + TICK);
+                self.wake_by(&mut state, now() + TICK);
             }
             let linger_until = now() + LINGER;
             loop {

@@ -1,5 +1,7 @@
 //! What the core asks of the language above it.
 
+use std::time::Duration;
+
 use crate::sync::Arc;
 use crate::waiter::Waiter;
 
@@ -25,10 +27,14 @@ pub trait Family: Sized + 'static {
 
     /// Wakes tasks, each on its own loop.
     fn wake_tasks(waiters: Vec<Arc<Waiter<Self>>>);
+    /// Whether a task can never run again, because its loop is closed.
+    fn task_is_lost(task: &Self::Task) -> bool;
     /// Another handle to the same call; called under the flight's mutex, so it must only count references.
     fn share_call(call: &Self::Call) -> Self::Call;
     /// Cancels a call that nobody waits for any more.
     fn cancel_call(call: Self::Call);
+    /// Tells the operator of a flight of the map of this name that is over age. Called by the sweeper.
+    fn report_over_age(_name: Option<&str>, _key: &Self::Key, _age: Duration) {}
     /// Whether the call can never finish, because its loop is closed or its task is gone.
     fn call_is_lost(call: &Self::Call) -> bool;
 }

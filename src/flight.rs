@@ -9,16 +9,18 @@
 //! 4. The outcome is written once, under the mutex, before `state` says so. A retained one stays until the flight is
 //!    dropped. One that is not retained is there for the seats that the flight had when it landed (`takers`); the
 //!    last of them clears it.
-//! 5. A waiter's fate changes under the mutex only, and before `state` does. So who reads the state first and then
+//! 5. While pending, `deadline` tells when the flight is over age: from then on it is no longer joined, but replaced.
+//! 6. A waiter's fate changes under the mutex only, and before `state` does. So who reads the state first and then
 //!    `Waiting` knows that the outcome is its own to read.
 
 use std::collections::VecDeque;
 
+use crate::circle::is_blocked;
 use crate::clock::{FOREVER, Nanos, now};
 use crate::family::Family;
 use crate::outcome::OutcomeCell;
 use crate::sync::{Arc, AtomicU8, AtomicU32, AtomicU64, Mutex, MutexGuard, OnceLock, Ordering};
-use crate::waiter::{Chain, Fate, LoopId, NO_LOOP, Waiter, Wakeup};
+use crate::waiter::{Chain, Fate, LoopId, NO_LOOP, Origin, Waiter, Wakeup};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -32,13 +34,17 @@ pub struct Flight<F: Family> {
     hash: u64,
     key: F::Key,
     outcome: OutcomeCell<F::Outcome>,
-    /// When a retained outcome expires.
+    /// When a retained outcome expires, or a pending flight is over age.
     deadline: AtomicU64,
     takers: AtomicU32,
+    /// Of a flight that has landed: how many joined it, and how long the call took (the bits of an `f32`, in seconds).
+    joined: AtomicU32,
+    duration: AtomicU32,
     state: AtomicU8,
     pending: Mutex<Option<Box<Pending<F>>>>,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 pub(crate) struct Pending<F: Family> {
     epoch: u32,
     /// Seats whose callers still want the outcome.
@@ -51,7 +57,17 @@ pub(crate) struct Pending<F: Family> {
     /// The caller whose call this is, where the call runs in a task of its own.
     caller: Option<Arc<Waiter<F>>>,
     call: Option<F::Call>,
-    led_on: LoopId,
+    /// Whether the call goes on when all its callers have left.
+    finishes: bool,
+    led_by: Origin,
+    /// When the present attempt began.
+    since: Nanos,
+    joined: u32,
+    /// Whether the map's list of watched flights has this one, and that of flights with tasks.
+    watched: bool,
+    awaited: bool,
+    /// Whether it was reported to be over age.
+    reported: bool,
 }
 
 struct Offer<F: Family> {
@@ -63,7 +79,6 @@ struct Offer<F: Family> {
 pub(crate) struct Landed<F: Family> {
     pub(crate) state: State,
     pub(crate) owned: bool,
-    pub(crate) deadline: Nanos,
     pub(crate) wake: Wake<F>,
     // Dropped late, since it may hold foreign objects.
     _rest: Box<Pending<F>>,
@@ -85,6 +100,8 @@ pub(crate) struct HandedOver<F: Family> {
     pub(crate) to: NextLead,
     /// Whether the caller whose call ended was still there.
     pub(crate) caller_present: bool,
+    /// The task that the lead is offered to.
+    pub(crate) offered_to: Option<Arc<Waiter<F>>>,
     wake: Wake<F>,
     // Dropped late, since they may hold foreign objects.
     rest: Option<Box<Pending<F>>>,
@@ -137,8 +154,38 @@ pub(crate) enum Left<F: Family> {
     },
 }
 
+/// What a flight's waiters are left with when their key is cancelled.
+pub(crate) struct Cancelled<F: Family> {
+    pub(crate) wake: Wake<F>,
+    /// Whether nobody is left to wait for the call, so that the flight has ended.
+    pub(crate) ended: bool,
+    /// The call, if it is to be cancelled, too.
+    pub(crate) call: Option<F::Call>,
+    // Dropped late, since it may hold foreign objects.
+    pub(crate) _rest: Option<Box<Pending<F>>>,
+}
+
+/// What a caller that has joined has to tell the map.
+pub(crate) struct News {
+    /// The flight [needs watching](Flight::needs_watch), because another loop than the joiner's leads.
+    pub(crate) watch: bool,
+    /// Its first task has joined.
+    pub(crate) awaited: bool,
+}
+
+/// A flight under way, as an operator sees it.
+pub struct View<F: Family> {
+    pub flight: Arc<Flight<F>>,
+    pub age: Nanos,
+    pub waiters: usize,
+    pub led_by: Origin,
+    pub call: Option<F::Call>,
+    /// Whether the lead is offered to a waiter that has not taken it yet.
+    pub offered: bool,
+}
+
 impl<F: Family> Flight<F> {
-    pub(crate) fn new(hash: u64, key: F::Key, led_on: LoopId) -> Self {
+    pub(crate) fn new(hash: u64, key: F::Key, led_by: Origin, since: Nanos, over_age_at: Nanos) -> Self {
         let pending = Pending {
             epoch: 0,
             callers: 0,
@@ -147,17 +194,42 @@ impl<F: Family> Flight<F> {
             owned: true,
             caller: None,
             call: None,
-            led_on,
+            finishes: false,
+            led_by,
+            since,
+            joined: 0,
+            watched: over_age_at != FOREVER,
+            awaited: false,
+            reported: false,
         };
         Self {
             hash,
             key,
             outcome: OutcomeCell::empty(),
-            deadline: AtomicU64::new(0),
+            deadline: AtomicU64::new(over_age_at),
             takers: AtomicU32::new(0),
+            joined: AtomicU32::new(0),
+            duration: AtomicU32::new(0),
             state: AtomicU8::new(State::Pending as u8),
             pending: Mutex::new(Some(Box::new(pending))),
         }
+    }
+
+    /// One that has landed already, with an outcome that no call has made.
+    pub(crate) fn landed(hash: u64, key: F::Key, outcome: F::Outcome, deadline: Nanos) -> Self {
+        let flight = Self {
+            hash,
+            key,
+            outcome: OutcomeCell::empty(),
+            deadline: AtomicU64::new(deadline),
+            takers: AtomicU32::new(0),
+            joined: AtomicU32::new(0),
+            duration: AtomicU32::new(0),
+            state: AtomicU8::new(State::Retained as u8),
+            pending: Mutex::new(None),
+        };
+        flight.outcome.set(outcome);
+        flight
     }
 
     #[inline]
@@ -203,7 +275,29 @@ impl<F: Family> Flight<F> {
     /// Whether a caller that finds this flight must not lead one of its own.
     #[inline]
     pub fn is_live(&self, now: Nanos) -> bool {
+        self.can_be_joined(now) || self.retained(now).is_some()
+    }
+
+    /// Whether the key is in flight or retained.
+    pub fn is_there(&self, now: Nanos) -> bool {
         self.state() == State::Pending || self.retained(now).is_some()
+    }
+
+    /// Whether it is under way and not over age.
+    pub fn can_be_joined(&self, now: Nanos) -> bool {
+        // Relaxed: a flight that lands at this moment has a deadline in the future, too.
+        self.state() == State::Pending && now < self.deadline.load(Ordering::Relaxed)
+    }
+
+    /// How many callers joined the flight, and how many seconds the call took; of one that has landed.
+    pub fn report(&self) -> (u32, f32) {
+        // Relaxed: published by the state.
+        (self.joined.load(Ordering::Relaxed), f32::from_bits(self.duration.load(Ordering::Relaxed)))
+    }
+
+    pub(crate) fn deadline(&self) -> Nanos {
+        // Relaxed: published by the state.
+        self.deadline.load(Ordering::Relaxed)
     }
 
     /// The number of the present lead; `None` when the flight is over.
@@ -220,39 +314,78 @@ impl<F: Family> Flight<F> {
     pub(crate) fn call_led_elsewhere(&self, from: LoopId) -> Option<(F::Call, u32)> {
         let pending = self.pending.lock();
         let pending = pending.as_ref()?;
-        if pending.led_on == from {
+        if pending.led_by.loop_id == from {
             return None;
         }
         pending.call.as_ref().map(|call| (F::share_call(call), pending.epoch))
     }
 
-    /// Takes a seat, if the flight is still under way. Also tells whether another loop than the joiner's leads, so that
-    /// the flight [needs watching](Self::needs_watch).
-    pub(crate) fn join(self: &Arc<Self>, loop_id: LoopId, wakeup: Wakeup<F>) -> Option<(Seat<F>, bool)> {
+    /// The number of the present lead and where it runs; `None` when the flight is over.
+    pub(crate) fn lead(&self) -> Option<(u32, LoopId)> {
+        self.pending.lock().as_ref().map(|open| (open.epoch, open.led_by.loop_id))
+    }
+
+    pub(crate) fn view(self: &Arc<Self>, now: Nanos) -> Option<View<F>> {
+        let slot = self.pending.lock();
+        let open = slot.as_ref()?;
+        let view = View {
+            flight: Arc::clone(self),
+            age: now.saturating_sub(open.since),
+            waiters: open.waiters.len() + usize::from(open.offer.is_some()),
+            led_by: open.led_by,
+            call: open.call.as_ref().map(F::share_call),
+            offered: open.offer.is_some(),
+        };
+        drop(slot);
+        Some(view)
+    }
+
+    /// Takes a seat, if the flight is still under way. Also tells which lists of the map lack the flight now.
+    pub(crate) fn join(self: &Arc<Self>, loop_id: LoopId, wakeup: Wakeup<F>) -> Option<(Seat<F>, News)> {
+        use std::mem::replace;
         let waiter = Waiter::new(loop_id, wakeup);
         let mut pending = self.pending.lock();
         let open = pending.as_mut()?;
         open.callers += 1;
+        open.joined += 1;
         open.waiters.push_back(Arc::clone(&waiter));
-        let led_elsewhere = open.led_on != NO_LOOP && open.led_on != loop_id;
+        let led_elsewhere = open.led_by.loop_id != NO_LOOP && open.led_by.loop_id != loop_id;
+        let watch = led_elsewhere && !replace(&mut open.watched, true);
+        let awaited = waiter.task().is_some() && !replace(&mut open.awaited, true);
         drop(pending);
-        Some((Seat { flight: Arc::clone(self), waiter }, led_elsewhere))
+        Some((Seat { flight: Arc::clone(self), waiter }, News { watch, awaited }))
+    }
+
+    /// True if it is under way and was not on the list of flights to watch, where its caller puts it now.
+    pub(crate) fn note_watched(&self) -> bool {
+        let mut pending = self.pending.lock();
+        pending.as_mut().is_some_and(|open| !std::mem::replace(&mut open.watched, true))
     }
 
     /// A seat for the caller whose call is about to run in a task of its own.
-    pub(crate) fn seat_caller(self: &Arc<Self>, epoch: u32, loop_id: LoopId) -> Seat<F> {
+    ///
+    /// Also true if it is the first task that may wait for the flight.
+    pub(crate) fn seat_caller(
+        self: &Arc<Self>,
+        epoch: u32,
+        loop_id: LoopId,
+        finishes: bool,
+    ) -> (Seat<F>, bool) {
         let waiter = Waiter::new(loop_id, Wakeup::Caller(OnceLock::new()));
+        let mut awaited = false;
         let mut pending = self.pending.lock();
         match pending.as_mut().filter(|open| open.epoch == epoch) {
             Some(open) => {
                 open.callers += 1;
                 open.caller = Some(Arc::clone(&waiter));
-                open.led_on = loop_id;
+                open.led_by.loop_id = loop_id;
+                open.finishes = finishes;
+                awaited = !std::mem::replace(&mut open.awaited, true);
             }
             None => waiter.set_fate(Fate::Private),
         }
         drop(pending);
-        Seat { flight: Arc::clone(self), waiter }
+        (Seat { flight: Arc::clone(self), waiter }, awaited)
     }
 
     /// Tells which task runs the call, so that the last caller to leave can cancel it.
@@ -266,16 +399,45 @@ impl<F: Family> Flight<F> {
         drop(refused);
     }
 
-    /// Takes the flight out of the map's hands: its outcome will not be retained.
-    pub(crate) fn disown(&self) {
-        if let Some(pending) = self.pending.lock().as_mut() {
-            pending.owned = false;
+    /// Takes the flight out of the map's hands: its outcome will not be retained. False if it is not under way.
+    pub(crate) fn disown(&self) -> bool {
+        let mut pending = self.pending.lock();
+        pending.as_mut().map(|open| open.owned = false).is_some()
+    }
+
+    /// Cancels all waiters, and the call too if they were the last to wait for it. The map has let go of the flight.
+    pub(crate) fn cancel(&self) -> Option<Cancelled<F>> {
+        let mut slot = self.pending.lock();
+        let open = slot.as_mut()?;
+        open.owned = false;
+        let offer = open.offer.take();
+        let leaderless = offer.is_some();
+        let waiters: Vec<_> = offer.map(|offer| offer.to).into_iter().chain(open.waiters.drain(..)).collect();
+        open.callers -= u32::try_from(waiters.len()).unwrap_or(u32::MAX);
+        let (tasks, threads): (Vec<_>, Vec<_>) =
+            waiters.iter().cloned().partition(|waiter| waiter.task().is_some());
+        // Before their fates: who sees its fate passes the baton on.
+        let threads = (!threads.is_empty()).then(|| Chain::link(threads));
+        for waiter in &waiters {
+            waiter.set_fate(Fate::Cancelled);
         }
+        let wake = Wake { threads, one: None, tasks };
+        let abandoned = open.callers == 0 && open.call.is_some() && !open.finishes;
+        let ended = leaderless || abandoned;
+        let (mut call, mut rest) = (None, None);
+        if ended {
+            call = open.call.take();
+            rest = slot.take();
+            self.set_state(State::Ended);
+        }
+        drop(slot);
+        Some(Cancelled { wake, ended, call, _rest: rest })
     }
 
     /// Ends the flight with an outcome, unless `epoch` no longer has the lead.
     pub(crate) fn land(&self, epoch: u32, outcome: F::Outcome, ttl: Nanos) -> Result<Landed<F>, F::Outcome> {
-        let deadline = if ttl == FOREVER { FOREVER } else { now().saturating_add(ttl) };
+        let landing = now();
+        let deadline = landing.saturating_add(ttl);
         let mut slot = self.pending.lock();
         let Some(mut rest) = slot.take_if(|open| open.epoch == epoch) else {
             drop(slot);
@@ -293,6 +455,10 @@ impl<F: Family> Flight<F> {
             }
         }
         let threads = (!threads.is_empty()).then(|| Chain::link(threads));
+        let duration = std::time::Duration::from_nanos(landing.saturating_sub(rest.since)).as_secs_f32();
+        // Relaxed: published by the state.
+        self.joined.store(rest.joined, Ordering::Relaxed);
+        self.duration.store(duration.to_bits(), Ordering::Relaxed);
         let state = if retain {
             self.outcome.set(outcome);
             // Relaxed: published by the state.
@@ -311,7 +477,7 @@ impl<F: Family> Flight<F> {
         self.set_state(state);
         drop(slot);
         let wake = Wake { threads, one: None, tasks };
-        Ok(Landed { state, owned: rest.owned, deadline, wake, _rest: rest, _untaken: untaken })
+        Ok(Landed { state, owned: rest.owned, wake, _rest: rest, _untaken: untaken })
     }
 
     /// Gives the lead to the next waiter, because the present call ended in a way that others do not share.
@@ -328,8 +494,8 @@ impl<F: Family> Flight<F> {
             open.callers -= 1;
             tasks.push(caller);
         }
-        if loop_lost && open.led_on != NO_LOOP {
-            let lost = open.led_on;
+        let lost = open.led_by.loop_id;
+        if loop_lost && lost != NO_LOOP {
             let (gone, stay): (VecDeque<_>, _) = open.waiters.drain(..).partition(|w| w.loop_id == lost);
             open.waiters = stay;
             for waiter in gone {
@@ -347,22 +513,31 @@ impl<F: Family> Flight<F> {
     /// Offers the lead to the first waiter, or ends the flight.
     fn offer_next(&self, mut slot: MutexGuard<'_, Option<Box<Pending<F>>>>) -> HandedOver<F> {
         let nobody = NextLead::Nobody { owned: false };
-        let mut handed =
-            HandedOver { to: nobody, caller_present: false, wake: Wake::nobody(), rest: None, call: None };
+        let mut handed = HandedOver {
+            to: nobody,
+            caller_present: false,
+            offered_to: None,
+            wake: Wake::nobody(),
+            rest: None,
+            call: None,
+        };
         let Some(open) = slot.as_mut() else { return handed };
         open.epoch += 1;
         open.offer = None;
         handed.call = open.call.take();
-        let Some(next) = open.waiters.pop_front() else {
+        // One whose loop is blocked could not come for it.
+        let first = open.waiters.iter().position(|waiter| !is_blocked(waiter.loop_id)).unwrap_or_default();
+        let Some(next) = open.waiters.remove(first) else {
             handed.to = NextLead::Nobody { owned: open.owned };
             handed.rest = slot.take();
             self.set_state(State::Ended);
             return handed;
         };
         next.set_fate(Fate::Offered);
-        open.led_on = next.loop_id;
+        open.led_by.loop_id = next.loop_id;
         if next.task().is_some() {
             handed.to = NextLead::Task;
+            handed.offered_to = Some(Arc::clone(&next));
             handed.wake.tasks.push(Arc::clone(&next));
         } else {
             handed.to = NextLead::Thread;
@@ -373,33 +548,75 @@ impl<F: Family> Flight<F> {
     }
 
     /// Takes back an offer that a task has not come for since before `since`.
-    pub(crate) fn withdraw_offer(&self, since: Nanos) -> Option<HandedOver<F>> {
+    pub(crate) fn withdraw_stale_offer(&self, since: Nanos) -> Option<HandedOver<F>> {
+        self.withdraw_offer(|offer| offer.to.task().is_some() && offer.since <= since)
+    }
+
+    /// Takes back the offer to this task.
+    pub(crate) fn withdraw_offer_to(&self, waiter: &Arc<Waiter<F>>) -> Option<HandedOver<F>> {
+        self.withdraw_offer(|offer| Arc::ptr_eq(&offer.to, waiter))
+    }
+
+    fn withdraw_offer(&self, which: impl FnOnce(&mut Offer<F>) -> bool) -> Option<HandedOver<F>> {
         let mut slot = self.pending.lock();
         let open = slot.as_mut()?;
-        let offer = open.offer.take_if(|offer| offer.to.task().is_some() && offer.since <= since)?;
+        let offer = open.offer.take_if(which)?;
         offer.to.set_fate(Fate::Withdrawn);
         open.callers -= 1;
+        open.joined -= 1;
         let handed = self.offer_next(slot);
+        drop(offer);
         Some(handed)
     }
 
-    /// Whether somebody else than the tasks of the leader's loop depends on this flight, so that it needs a look from
-    /// time to time.
+    /// Shows the tasks that wait for this flight, for the garbage collector: it is the flight that keeps them.
+    pub fn for_each_task(&self, mut look: impl FnMut(&F::Task)) {
+        let slot = self.pending.lock();
+        let Some(open) = slot.as_ref() else { return };
+        let offered = open.offer.as_ref().map(|offer| &offer.to);
+        open.waiters
+            .iter()
+            .chain(&open.caller)
+            .chain(offered)
+            .filter_map(|waiter| waiter.task())
+            .for_each(&mut look);
+    }
+
+    /// Whether this flight needs a look from time to time: somebody else than the tasks of the leader's loop depends on
+    /// it, or it may come over age. If not, it leaves the list of watched flights.
     pub(crate) fn needs_watch(&self) -> bool {
-        let pending = self.pending.lock();
-        pending.as_ref().is_some_and(|open| {
-            let elsewhere = open.led_on != NO_LOOP && open.waiters.iter().any(|w| w.loop_id != open.led_on);
-            elsewhere || open.offer.as_ref().is_some_and(|offer| offer.to.task().is_some())
-        })
+        let mut pending = self.pending.lock();
+        let Some(open) = pending.as_mut() else { return false };
+        let led_on = open.led_by.loop_id;
+        let elsewhere = led_on != NO_LOOP && open.waiters.iter().any(|waiter| waiter.loop_id != led_on);
+        let offered = open.offer.as_ref().is_some_and(|offer| offer.to.task().is_some());
+        let may_age = self.deadline() != FOREVER && !open.reported;
+        open.watched = elsewhere || offered || may_age;
+        open.watched
+    }
+
+    /// The flight's age, if it is over age and that was not reported yet.
+    pub(crate) fn report_over_age(&self, now: Nanos) -> Option<Nanos> {
+        let mut pending = self.pending.lock();
+        let open = pending.as_mut()?;
+        if now < self.deadline() || std::mem::replace(&mut open.reported, true) {
+            return None;
+        }
+        Some(now.saturating_sub(open.since))
     }
 
     /// The epoch of the lead that was offered to this waiter, if the offer stands.
-    fn accept_offer(&self, waiter: &Arc<Waiter<F>>) -> Option<u32> {
+    fn accept_offer(&self, waiter: &Arc<Waiter<F>>, thread: u64, max_flight: Nanos) -> Option<u32> {
         let mut slot = self.pending.lock();
         let open = slot.as_mut()?;
         let offer = open.offer.take_if(|offer| Arc::ptr_eq(&offer.to, waiter))?;
         // From now on it is a leader; if its call runs in a task, it takes a caller's seat.
         open.callers -= 1;
+        open.joined -= 1;
+        open.led_by.thread = thread;
+        open.since = now();
+        open.reported = false;
+        self.deadline.store(open.since.saturating_add(max_flight), Ordering::Relaxed);
         waiter.set_fate(Fate::Private);
         let epoch = open.epoch;
         drop(slot);
@@ -422,13 +639,17 @@ impl<F: Family> Flight<F> {
                 return Left::HandedOver(self.offer_next(slot));
             }
             Fate::Waiting => {}
-            Fate::Private | Fate::Cancelled | Fate::Withdrawn => return Left::Nothing,
+            Fate::Private | Fate::Cancelled | Fate::Withdrawn => {
+                drop(slot);
+                waiter.pass_baton();
+                return Left::Nothing;
+            }
         }
         open.callers -= 1;
         if open.caller.take_if(|caller| Arc::ptr_eq(caller, waiter)).is_none() {
             open.waiters.retain(|other| !Arc::ptr_eq(other, waiter));
         }
-        if open.callers > 0 || open.call.is_none() {
+        if open.callers > 0 || open.call.is_none() || open.finishes {
             return Left::Nothing;
         }
         let Some(mut rest) = slot.take() else { return Left::Nothing };
@@ -472,7 +693,7 @@ pub struct Seat<F: Family> {
 
 impl<F: Family> Seat<F> {
     pub fn standing(&self) -> Standing {
-        // The state first, see rule 5.
+        // The state first, see rule 6.
         let state = self.flight.state();
         match self.waiter.fate() {
             Fate::Waiting if state == State::Pending => Standing::Waiting,
@@ -488,8 +709,9 @@ impl<F: Family> Seat<F> {
         &self.flight
     }
 
-    pub fn task(&self) -> Option<&F::Task> {
-        self.waiter.task()
+    /// What wakes this seat's task, if the seat alone holds it: not the flight, too, or who is about to wake it.
+    pub fn own_task(&self) -> Option<&F::Task> {
+        if Arc::strong_count(&self.waiter) == 1 { self.waiter.task() } else { None }
     }
 
     /// Whether it is the seat of the caller whose call this is.
@@ -502,8 +724,8 @@ impl<F: Family> Seat<F> {
         if self.standing() == Standing::Landed { self.flight.outcome.get_seated() } else { None }
     }
 
-    pub(crate) fn accept_offer(&self) -> Option<u32> {
-        self.flight.accept_offer(&self.waiter)
+    pub(crate) fn accept_offer(&self, thread: u64, max_flight: Nanos) -> Option<u32> {
+        self.flight.accept_offer(&self.waiter, thread, max_flight)
     }
 
     /// Gives the caller's own future to its seat. False when there is nothing left to wait for.

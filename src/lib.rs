@@ -10,17 +10,20 @@
 //!    handed out of the locked section first.
 //! 4. An outcome has left the table, or is visible in it as retained, before any waiter wakes.
 //! 5. An entry is removed by identity, so nobody removes a newer flight of the same key.
-//! 6. A landed flight reaches every thread that waits for it, however the others leave (`waiter::Chain`).
+//! 6. What a process has inherited by `fork()` is never repaired, but replaced (`fork`).
+//! 7. A landed flight reaches every thread that waits for it, however the others leave (`waiter::Chain`).
 //!
 //! Everything outside of `python` is generic and names no Python: it is tested and model-checked without an
 //! interpreter (`cargo test --no-default-features`, and with `RUSTFLAGS="--cfg loom"`).
 
 #![cfg_attr(loom, allow(dead_code, unused_imports, reason = "models have no sweeper"))]
 
+pub mod circle;
 pub mod clock;
 pub mod expiry;
 pub mod family;
 pub mod flight;
+pub mod fork;
 pub mod map;
 mod outcome;
 mod shard;

@@ -1,29 +1,95 @@
 //! The map of all flights: shards, the way of a request through them, and the leader's guard.
 
-use crate::clock::{Nanos, now, now_coarse};
+use std::cell::Cell;
+use std::time::Duration;
+
+use crate::clock::{FOREVER, Nanos, now, now_coarse};
 use crate::expiry::{self, Sweep, Swept};
 use crate::family::Family;
-use crate::flight::{Flight, HandedOver, Left, NextLead, Seat, State};
-use crate::shard::Shard;
-use crate::stats::{Stats, Striped, cpus};
-use crate::sync::{Arc, Mutex, Ordering, Weak};
+use crate::flight::{Cancelled, Flight, HandedOver, Left, NextLead, Seat, State, View};
+use crate::fork;
+use crate::shard::{Quota, Removed, Shard};
+use crate::stats::{Counters, Stats, Striped, cpus};
+use crate::sync::{Arc, AtomicU64, Mutex, OnceLock, Ordering, Weak};
 use crate::table::Claim;
-use crate::waiter::{LoopId, NO_LOOP, Wakeup};
+use crate::waiter::{LoopId, NO_LOOP, Origin, Wakeup};
 
 /// More shards than this only cost memory: a shard's mutex is held for some 20 ns a flight.
 const MOST_SHARDS: usize = 64;
 /// How long an offer of the lead stands before a loop that does not run loses it.
 const OFFER_STANDS: Nanos = 1_000_000_000;
 
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What reports call the map.
+    pub name: Option<Arc<str>>,
+    /// The age from which on a flight is no longer joined.
+    pub max_flight: Nanos,
+    pub max_retained: Option<u64>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { name: None, max_flight: FOREVER, max_retained: None }
+    }
+}
+
 pub struct Map<F: Family> {
+    birth: u32,
     shards: Box<[Shard<F>]>,
     hits: Striped,
+    settings: Settings,
     /// Flights that end only if somebody looks after them: see [`Flight::needs_watch`].
     watched: Mutex<Vec<Weak<Flight<F>>>>,
+    /// Flights under way that are no longer in a table.
+    forgotten: Roster<F>,
+    /// Flights under way that tasks wait for.
+    awaited: Roster<F>,
     /// Expired outcomes that a reader could still see when they left the table.
     dying: Mutex<Vec<Weak<Flight<F>>>>,
+    /// The counters as they were when they were last reset.
+    counted_from: Mutex<Stats>,
     /// Known to the sweeper.
     pub(crate) registered: std::sync::atomic::AtomicBool,
+    /// What takes this map's place after a fork.
+    successor: OnceLock<Arc<Self>>,
+}
+
+/// Flights under way, and some that have landed.
+struct Roster<F: Family>(Mutex<Listed<F>>);
+
+struct Listed<F: Family> {
+    flights: Vec<Weak<Flight<F>>>,
+    /// The length at which those that have landed are sorted out.
+    prune_at: usize,
+}
+
+impl<F: Family> Roster<F> {
+    fn new() -> Self {
+        Self(Mutex::new(Listed { flights: Vec::new(), prune_at: 64 }))
+    }
+
+    fn add(&self, flight: &Arc<Flight<F>>) {
+        let mut listed = self.0.lock();
+        listed.flights.push(Arc::downgrade(flight));
+        if listed.flights.len() < listed.prune_at {
+            return;
+        }
+        let flights = std::mem::take(&mut listed.flights);
+        drop(listed);
+        // Outside of the lock, since the last handle to a flight may come up.
+        let under_way =
+            |flight: &Weak<Flight<F>>| flight.upgrade().is_some_and(|f| f.state() == State::Pending);
+        let mut flights: Vec<_> = flights.into_iter().filter(under_way).collect();
+        let mut listed = self.0.lock();
+        listed.flights.append(&mut flights);
+        listed.prune_at = 2 * listed.flights.len().max(32);
+    }
+
+    fn under_way(&self) -> Vec<Arc<Flight<F>>> {
+        let flights = self.0.lock().flights.clone();
+        flights.iter().filter_map(Weak::upgrade).filter(|flight| flight.state() == State::Pending).collect()
+    }
 }
 
 /// How a key stands when a request looks for it.
@@ -36,20 +102,73 @@ pub enum Found<F: Family, R> {
 }
 
 impl<F: Family> Map<F> {
-    pub fn new() -> Arc<Self> {
+    pub fn new(settings: Settings) -> Arc<Self> {
         let shards = (2 * cpus()).next_power_of_two().min(MOST_SHARDS);
-        Self::with_shards(shards)
+        Self::with_shards(shards, settings)
     }
 
     /// `shards` is a power of two.
-    pub fn with_shards(shards: usize) -> Arc<Self> {
+    pub fn with_shards(shards: usize, settings: Settings) -> Arc<Self> {
+        let quota = settings.max_retained.map(|most| Arc::new(Quota { most, retained: AtomicU64::new(0) }));
         Arc::new(Self {
-            shards: (0..shards).map(|_| Shard::new()).collect(),
+            birth: fork::birth(),
+            shards: (0..shards).map(|_| Shard::new(quota.as_ref())).collect(),
             hits: Striped::new(),
+            settings,
             watched: Mutex::new(Vec::new()),
+            forgotten: Roster::new(),
+            awaited: Roster::new(),
             dying: Mutex::new(Vec::new()),
+            counted_from: Mutex::new(Stats::default()),
             registered: std::sync::atomic::AtomicBool::new(false),
+            successor: OnceLock::new(),
         })
+    }
+
+    /// The map to use in this process: this one, or its successor after a fork.
+    #[inline]
+    pub fn current(self: &Arc<Self>) -> &Arc<Self> {
+        if self.is_current() { self } else { self.inherited() }
+    }
+
+    #[inline]
+    fn is_current(&self) -> bool {
+        self.birth == fork::birth()
+    }
+
+    #[cold]
+    fn inherited(self: &Arc<Self>) -> &Arc<Self> {
+        let mut map = self;
+        while !map.is_current() {
+            let mut new = false;
+            let heir = map.successor.get_or_init(|| {
+                new = true;
+                map.bequeath()
+            });
+            if new {
+                // Not before, since dropping may run foreign code that comes here.
+                map.clear();
+            }
+            map = heir;
+        }
+        map
+    }
+
+    /// A new map with what this one has retained. The other threads have vanished, each between two operations of the
+    /// core or inside a look at a table, which leaves the table whole but may keep it from ever dropping anything.
+    fn bequeath(&self) -> Arc<Self> {
+        let heir = Self::with_shards(self.shards.len(), self.settings.clone());
+        let time = now();
+        for (old, new) in self.shards.iter().zip(&heir.shards) {
+            let mut flights = Vec::new();
+            old.table.for_each(|flight| flights.push(Arc::clone(flight)));
+            for flight in flights.iter().filter(|flight| flight.retained(time).is_some()) {
+                new.table.insert_other(flight);
+                new.note_primed();
+                heir.note_retained(new, flight);
+            }
+        }
+        heir
     }
 
     #[inline]
@@ -65,35 +184,123 @@ impl<F: Family> Map<F> {
         &self,
         hash: u64,
         key: &F::Key,
-        take: impl FnOnce(&F::Outcome) -> R,
+        take: impl FnOnce(&F::Outcome, &Flight<F>) -> R,
     ) -> Result<Found<F, R>, F::Error> {
         let found = self.shard(hash).table.read(hash, key, |flight, thread| {
             if let Some(outcome) = flight.retained(now_coarse()) {
                 self.hits.add_one(thread);
-                return Found::Hit(take(outcome));
+                return Found::Hit(take(outcome, flight));
             }
-            if flight.state() == State::Pending { Found::Pending(Arc::clone(flight)) } else { Found::Nothing }
+            if flight.can_be_joined(now_coarse()) {
+                Found::Pending(Arc::clone(flight))
+            } else {
+                Found::Nothing
+            }
         })?;
         Ok(found.unwrap_or(Found::Nothing))
     }
 
     /// Claims a flight for a key that was not found. `None` if another one was faster: look again.
-    ///
-    /// `led_on` is the loop that the call will run on.
     pub fn claim(
         self: &Arc<Self>,
         hash: u64,
         key: F::Key,
-        led_on: LoopId,
+        origin: Origin,
     ) -> Result<Option<Lead<F>>, F::Error> {
         let shard = self.shard(hash);
-        let flight = Arc::new(Flight::new(hash, key, led_on));
-        let Claim::Claimed { replaced } = shard.table.claim(&flight, now_coarse)? else { return Ok(None) };
+        let since = now();
+        let over_age_at = since.saturating_add(self.settings.max_flight);
+        let flight = Arc::new(Flight::new(hash, key, origin, since, over_age_at));
+        let gives_way = |found: &Flight<F>| !found.is_live(now_coarse());
+        let Claim::Claimed { replaced } = shard.table.insert(&flight, gives_way)? else { return Ok(None) };
         if let Some(old) = replaced {
-            shard.note_removed(&old, false);
+            self.note_replaced(shard, &old);
         }
         shard.note_claimed();
+        if over_age_at != FOREVER {
+            self.watch(&flight);
+        }
         Ok(Some(Lead { map: Arc::clone(self), flight, epoch: 0, over: false }))
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn note_replaced(&self, shard: &Shard<F>, old: &Arc<Flight<F>>) {
+        if old.disown() {
+            self.forgotten.add(old);
+        }
+        shard.note_removed(old, Removed::Dropped);
+    }
+
+    /// Retains an outcome that no call has made, for `ttl` from now, in the place of whatever the key has.
+    pub fn put(
+        self: &Arc<Self>,
+        hash: u64,
+        key: F::Key,
+        outcome: F::Outcome,
+        ttl: Nanos,
+    ) -> Result<(), F::Error> {
+        let shard = self.shard(hash);
+        let flight = Arc::new(Flight::landed(hash, key, outcome, now().saturating_add(ttl)));
+        if let Claim::Claimed { replaced: Some(old) } = shard.table.insert(&flight, |_| true)? {
+            self.note_replaced(shard, &old);
+        }
+        shard.note_primed();
+        self.note_retained(shard, &flight);
+        Ok(())
+    }
+
+    fn note_retained(self: &Arc<Self>, shard: &Shard<F>, flight: &Arc<Flight<F>>) {
+        let deadline = flight.deadline();
+        if shard.note_retained(flight, deadline) {
+            expiry::wake_for_deadline(self, deadline);
+        }
+    }
+
+    /// The key's flight, under way, retained or over.
+    fn get(&self, hash: u64, key: &F::Key) -> Result<Option<Arc<Flight<F>>>, F::Error> {
+        self.shard(hash).table.read(hash, key, |flight, _| Arc::clone(flight))
+    }
+
+    /// Drops a key: present waiters keep waiting, the next caller leads. True if something live was there.
+    pub fn forget(&self, hash: u64, key: &F::Key) -> Result<bool, F::Error> {
+        let Some(flight) = self.get(hash, key)? else { return Ok(false) };
+        let there = flight.is_there(now_coarse());
+        self.let_go(&flight);
+        Ok(there)
+    }
+
+    /// Takes a flight out of its table, and sees to it that it does not retain its outcome.
+    fn let_go(&self, flight: &Arc<Flight<F>>) {
+        let shard = self.shard(flight.hash());
+        let under_way = flight.disown();
+        if shard.remove(flight) {
+            if under_way {
+                self.forgotten.add(flight);
+            }
+            shard.table.flush();
+        }
+    }
+
+    /// Cancels the waiters of a key's flight, and drops the key. False if no flight is under way.
+    pub fn cancel(self: &Arc<Self>, hash: u64, key: &F::Key) -> Result<bool, F::Error> {
+        let Some(flight) = self.get(hash, key)? else { return Ok(false) };
+        if flight.state() != State::Pending {
+            return Ok(false);
+        }
+        // Before anybody wakes, so that nobody who was cancelled can join it again.
+        self.let_go(&flight);
+        let Some(Cancelled { wake, ended, call, _rest }) = flight.cancel() else { return Ok(false) };
+        if ended {
+            self.flight_over(&flight, false);
+        }
+        if let Some(call) = call {
+            F::cancel_call(call);
+        }
+        wake.now();
+        Ok(true)
     }
 
     /// Takes a seat in a pending flight; `None` when it has just ended, and the request starts over.
@@ -108,17 +315,43 @@ impl<F: Family> Map<F> {
         {
             self.lose_call(flight, epoch);
         }
-        let (seat, led_elsewhere) = flight.join(loop_id, wakeup)?;
-        if led_elsewhere {
+        // In a child, the leader may be gone.
+        if !self.is_current() {
+            return None;
+        }
+        let (seat, news) = flight.join(loop_id, wakeup)?;
+        if news.watch {
             self.watch(flight);
         }
-        Some(Place { map: Arc::clone(self), seat })
+        if news.awaited {
+            self.awaited.add(flight);
+        }
+        Some(Place { map: Arc::clone(self), seat, counted: Cell::new(false) })
+    }
+
+    /// Counts a caller that did not want to wait.
+    pub fn count_timeout(&self, hash: u64) {
+        self.shard(hash).counters.timeouts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The retained outcome of a key. Asking is no request.
+    pub fn peek<R>(
+        &self,
+        hash: u64,
+        key: &F::Key,
+        take: impl FnOnce(&F::Outcome) -> R,
+    ) -> Result<Option<R>, F::Error> {
+        Ok(self
+            .shard(hash)
+            .table
+            .read(hash, key, |flight, _| flight.retained(now_coarse()).map(take))?
+            .flatten())
     }
 
     /// Whether the key is retained or in flight.
     pub fn contains(&self, hash: u64, key: &F::Key) -> Result<bool, F::Error> {
-        let live = self.shard(hash).table.read(hash, key, |flight, _| flight.is_live(now_coarse()))?;
-        Ok(live.unwrap_or(false))
+        let there = self.shard(hash).table.read(hash, key, |flight, _| flight.is_there(now_coarse()))?;
+        Ok(there.unwrap_or(false))
     }
 
     /// How many callers wait for the key's flight.
@@ -144,10 +377,19 @@ impl<F: Family> Map<F> {
             let mut flights = Vec::new();
             shard.table.for_each(|flight| flights.push(Arc::clone(flight)));
             for flight in flights {
-                flight.disown();
+                if flight.disown() {
+                    self.forgotten.add(&flight);
+                }
                 shard.remove(&flight);
             }
             shard.table.flush();
+        }
+    }
+
+    /// Shows the tasks that wait for flights of this map, for the garbage collector.
+    pub fn for_each_task(&self, mut look: impl FnMut(&F::Task)) {
+        for flight in self.awaited.under_way() {
+            flight.for_each_task(&mut look);
         }
     }
 
@@ -157,7 +399,33 @@ impl<F: Family> Map<F> {
         }
     }
 
+    /// All flights under way, forgotten ones too.
+    pub fn flights(&self) -> Vec<View<F>> {
+        let time = now();
+        let mut flights = Vec::new();
+        self.for_each(|flight| {
+            if flight.state() == State::Pending {
+                flights.push(Arc::clone(flight));
+            }
+        });
+        flights.extend(self.forgotten.under_way());
+        // One that was forgotten in between would be there twice.
+        flights.sort_by_key(Arc::as_ptr);
+        flights.dedup_by(|one, other| Arc::ptr_eq(one, other));
+        flights.iter().filter_map(|flight| flight.view(time)).collect()
+    }
+
     pub fn stats(&self) -> Stats {
+        let counted_from = *self.counted_from.lock();
+        self.count().since(&counted_from)
+    }
+
+    /// Counts from here on.
+    pub fn reset_stats(&self) {
+        *self.counted_from.lock() = self.count();
+    }
+
+    fn count(&self) -> Stats {
         let mut stats = Stats { hits: self.hits.sum(), ..Stats::default() };
         for shard in &self.shards {
             shard.counters.add_to(&mut stats);
@@ -174,13 +442,26 @@ impl<F: Family> Map<F> {
         }
     }
 
-    fn settle(self: &Arc<Self>, flight: &Arc<Flight<F>>, handed: HandedOver<F>) {
-        match handed.to {
-            NextLead::Nobody { owned } => self.flight_over(flight, owned),
-            NextLead::Task => self.watch(flight),
-            NextLead::Thread => {}
+    fn settle(self: &Arc<Self>, flight: &Arc<Flight<F>>, mut handed: HandedOver<F>) {
+        loop {
+            match handed.to {
+                NextLead::Nobody { owned } => self.flight_over(flight, owned),
+                NextLead::Task => {
+                    if flight.note_watched() {
+                        self.watch(flight);
+                    }
+                }
+                NextLead::Thread => {}
+            }
+            let offered_to = handed.offered_to.take();
+            handed.wake();
+            let Some(waiter) = offered_to else { return };
+            if !waiter.task().is_some_and(F::task_is_lost) {
+                return;
+            }
+            let Some(next) = flight.withdraw_offer_to(&waiter) else { return };
+            handed = next;
         }
-        handed.wake();
     }
 
     /// The call can no longer end by itself: its loop is closed.
@@ -190,17 +471,10 @@ impl<F: Family> Map<F> {
         }
     }
 
+    /// The flight has just been marked as watched.
     fn watch(self: &Arc<Self>, flight: &Arc<Flight<F>>) {
-        let flight = Arc::downgrade(flight);
-        let mut watched = self.watched.lock();
-        let known = watched.iter().any(|other| other.ptr_eq(&flight));
-        if !known {
-            watched.push(flight);
-        }
-        drop(watched);
-        if !known {
-            expiry::wake_for_watch(self);
-        }
+        self.watched.lock().push(Arc::downgrade(flight));
+        expiry::wake_for_watch(self);
     }
 
     /// Looks after the flights that depend on a loop elsewhere. True while there are any.
@@ -214,8 +488,12 @@ impl<F: Family> Map<F> {
             {
                 self.lose_call(&flight, epoch);
             }
-            if let Some(handed) = flight.withdraw_offer(now().saturating_sub(OFFER_STANDS)) {
+            if let Some(handed) = flight.withdraw_stale_offer(now().saturating_sub(OFFER_STANDS)) {
                 self.settle(&flight, handed);
+            }
+            if let Some(age) = flight.report_over_age(now()) {
+                let name = self.settings.name.as_deref();
+                F::report_over_age(name, flight.key(), Duration::from_nanos(age));
             }
             if flight.needs_watch() {
                 still.push(weak);
@@ -265,10 +543,14 @@ impl<F: Family> Lead<F> {
         self.epoch
     }
 
-    /// A seat for the caller, where the call is to run in a task of `loop_id`.
-    pub fn seat_caller(&self, loop_id: LoopId) -> Place<F> {
-        let seat = self.flight.seat_caller(self.epoch, loop_id);
-        Place { map: Arc::clone(&self.map), seat }
+    /// A seat for the caller, where the call is to run in a task of `loop_id`. If it `finishes`, it goes on though all
+    /// callers have left.
+    pub fn seat_caller(&self, loop_id: LoopId, finishes: bool) -> Place<F> {
+        let (seat, awaited) = self.flight.seat_caller(self.epoch, loop_id, finishes);
+        if awaited {
+            self.map.awaited.add(&self.flight);
+        }
+        Place { map: Arc::clone(&self.map), seat, counted: Cell::new(true) }
     }
 
     /// Tells which task runs the call.
@@ -279,15 +561,16 @@ impl<F: Family> Lead<F> {
     /// Shares the outcome, retained for `ttl` from now. False if the lead was taken away in the meantime.
     pub fn complete(mut self, outcome: F::Outcome, ttl: Nanos, failed: bool) -> bool {
         self.over = true;
+        if !self.map.is_current() {
+            return false;
+        }
         let shard = self.map.shard(self.flight.hash());
         if failed {
             shard.counters.errors.fetch_add(1, Ordering::Relaxed);
         }
         let Ok(landed) = self.flight.land(self.epoch, outcome, ttl) else { return false };
         if landed.state == State::Retained {
-            if shard.note_retained(&self.flight, landed.deadline) {
-                expiry::wake_for_deadline(&self.map, landed.deadline);
-            }
+            self.map.note_retained(shard, &self.flight);
         } else {
             self.map.flight_over(&self.flight, landed.owned);
         }
@@ -310,6 +593,9 @@ impl<F: Family> Lead<F> {
 
     fn give_up(&mut self, loop_lost: bool) -> bool {
         self.over = true;
+        if !self.map.is_current() {
+            return false;
+        }
         let Some(handed) = self.flight.hand_over(self.epoch, loop_lost) else { return false };
         let caller_present = handed.caller_present;
         self.map.settle(&self.flight, handed);
@@ -325,10 +611,12 @@ impl<F: Family> Drop for Lead<F> {
     }
 }
 
-/// A seat in a flight of a map. Dropping it leaves the flight.
+/// A seat in a flight of a map. Dropping it leaves the flight, and counts a waiter that was not served as cancelled.
 pub struct Place<F: Family> {
     map: Arc<Map<F>>,
     seat: Seat<F>,
+    /// Whether this request is counted elsewhere.
+    counted: Cell<bool>,
 }
 
 impl<F: Family> std::ops::Deref for Place<F> {
@@ -340,17 +628,43 @@ impl<F: Family> std::ops::Deref for Place<F> {
 }
 
 impl<F: Family> Place<F> {
+    pub fn map(&self) -> &Arc<Map<F>> {
+        &self.map
+    }
+
     /// Becomes the leader, if the lead is still offered.
-    pub fn take_lead(&self) -> Option<Lead<F>> {
-        let epoch = self.seat.accept_offer()?;
+    pub fn take_lead(&self, thread: u64) -> Option<Lead<F>> {
+        if !self.map.is_current() {
+            return None;
+        }
+        let epoch = self.seat.accept_offer(thread, self.map.settings.max_flight)?;
         let flight = Arc::clone(self.seat.flight());
-        self.map.shard(flight.hash()).counters.taken_over.fetch_add(1, Ordering::Relaxed);
+        self.count(|counters| &counters.taken_over);
+        if self.map.settings.max_flight != FOREVER && flight.note_watched() {
+            self.map.watch(&flight);
+        }
         Some(Lead { map: Arc::clone(&self.map), flight, epoch, over: false })
     }
 
     /// Counts a waiter that was served.
     pub fn count_joined(&self) {
-        self.map.shard(self.seat.flight().hash()).counters.joined.fetch_add(1, Ordering::Relaxed);
+        self.count(|counters| &counters.joined);
+    }
+
+    /// Counts a waiter whose timeout has passed.
+    pub fn count_timeout(&self) {
+        self.count(|counters| &counters.timeouts);
+    }
+
+    /// Leaves it to the caller's next attempt to be counted.
+    pub fn ask_again(&self) {
+        self.counted.set(true);
+    }
+
+    fn count(&self, counter: impl FnOnce(&Counters) -> &AtomicU64) {
+        if !self.counted.replace(true) {
+            counter(&self.map.shard(self.seat.flight().hash()).counters).fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Gives the caller its future. False when there is nothing to wait for any more.
@@ -361,6 +675,10 @@ impl<F: Family> Place<F> {
 
 impl<F: Family> Drop for Place<F> {
     fn drop(&mut self) {
+        if !self.map.is_current() {
+            return;
+        }
+        self.count(|counters| &counters.cancelled);
         match self.seat.leave() {
             Left::Nothing => {}
             Left::HandedOver(handed) => self.map.settle(self.seat.flight(), handed),

@@ -43,14 +43,20 @@ pub(crate) fn cpus() -> usize {
 pub(crate) struct Counters {
     /// Flights put into the table.
     pub(crate) claimed: AtomicU64,
+    /// Outcomes that were put there without a call.
+    pub(crate) primed: AtomicU64,
     /// Waiters that took over a flight.
     pub(crate) taken_over: AtomicU64,
     /// Flights whose outcome was retained, and those of them that have left the table.
     pub(crate) retained: AtomicU64,
     pub(crate) released: AtomicU64,
+    /// Those that left it for want of room.
+    pub(crate) evicted: AtomicU64,
     /// Flights that ended without one.
     pub(crate) ended: AtomicU64,
     pub(crate) joined: AtomicU64,
+    pub(crate) timeouts: AtomicU64,
+    pub(crate) cancelled: AtomicU64,
     pub(crate) errors: AtomicU64,
 }
 
@@ -65,9 +71,36 @@ pub struct Stats {
     pub hits: u64,
     /// Calls that failed.
     pub errors: u64,
+    /// Waiters whose timeout passed.
+    pub timeouts: u64,
+    /// Waiters that were cancelled or interrupted.
+    pub cancelled: u64,
+    /// Waiters that took over a flight; they are among the calls.
+    pub handed_over: u64,
+    /// Outcomes dropped for want of room.
+    pub evicted: u64,
     /// Flights under way.
     pub in_flight: u64,
     pub retained: u64,
+}
+
+impl Stats {
+    /// What was counted since an earlier reading. What is under way or retained is no count.
+    #[must_use]
+    pub(crate) fn since(&self, earlier: &Self) -> Self {
+        Self {
+            calls: self.calls.saturating_sub(earlier.calls),
+            joined: self.joined.saturating_sub(earlier.joined),
+            hits: self.hits.saturating_sub(earlier.hits),
+            errors: self.errors.saturating_sub(earlier.errors),
+            timeouts: self.timeouts.saturating_sub(earlier.timeouts),
+            cancelled: self.cancelled.saturating_sub(earlier.cancelled),
+            handed_over: self.handed_over.saturating_sub(earlier.handed_over),
+            evicted: self.evicted.saturating_sub(earlier.evicted),
+            in_flight: self.in_flight,
+            retained: self.retained,
+        }
+    }
 }
 
 impl Counters {
@@ -76,11 +109,16 @@ impl Counters {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let (released, ended) = (read(&self.released), read(&self.ended));
         let retained = read(&self.retained);
-        let claimed = read(&self.claimed);
-        stats.calls += claimed + read(&self.taken_over);
+        let (claimed, primed) = (read(&self.claimed), read(&self.primed));
+        let taken_over = read(&self.taken_over);
+        stats.calls += claimed + taken_over;
+        stats.handed_over += taken_over;
         stats.joined += read(&self.joined);
         stats.errors += read(&self.errors);
-        stats.in_flight += claimed.saturating_sub(retained + ended);
+        stats.timeouts += read(&self.timeouts);
+        stats.cancelled += read(&self.cancelled);
+        stats.evicted += read(&self.evicted);
+        stats.in_flight += (claimed + primed).saturating_sub(retained + ended);
         stats.retained += retained.saturating_sub(released);
     }
 }

@@ -5,14 +5,13 @@
 //! number of keys may share a hash, which the table itself does not bear (papaya 0.2.5 hangs when it iterates over some
 //! 400 entries of one hash).
 
-use crate::clock::Nanos;
 use crate::family::Family;
 use crate::flight::Flight;
 use crate::sync::Arc;
 
 /// What became of an attempt to put a new flight into the table.
 pub(crate) enum Claim<F: Family> {
-    /// It is in; the flight that it replaces, an expired or ended one, is out.
+    /// It is in; the flight that it replaces is out.
     Claimed { replaced: Option<Arc<Flight<F>>> },
     /// Another live flight has the key.
     Taken,
@@ -40,7 +39,7 @@ mod lock_free {
 
     use papaya::{Compute, Guard, HashMap, LocalGuard, Operation, ResizeMode};
 
-    use super::{Arc, Claim, Family, Flight, Nanos, position};
+    use super::{Arc, Claim, Family, Flight, position};
     use crate::stats::cpus;
     use crate::sync::{AtomicUsize, Ordering};
 
@@ -144,13 +143,14 @@ mod lock_free {
             Ok(found.map(|flight| look(flight, guard.thread_id())))
         }
 
-        pub(crate) fn claim(
+        /// Puts a flight in, in the place of another of the same key if `gives_way` says so.
+        pub(crate) fn insert(
             &self,
             flight: &Arc<Flight<F>>,
-            now: fn() -> Nanos,
+            gives_way: impl Fn(&Flight<F>) -> bool,
         ) -> Result<Claim<F>, F::Error> {
             let guard = self.chains.guard();
-            // The key was not there a moment ago.
+            // The key was not there a moment ago, mostly.
             let alone = Chain::One(Arc::clone(flight));
             if self.exchange(flight.hash(), None, Some(&alone), &guard) {
                 return Ok(Claim::Claimed { replaced: None });
@@ -160,7 +160,7 @@ mod lock_free {
                 let there = before.map_or(&[][..], Chain::flights);
                 let place = position(there, flight.key())?;
                 let replaced = place.map(|place| Arc::clone(&there[place]));
-                if replaced.as_ref().is_some_and(|found| found.is_live(now())) {
+                if replaced.as_ref().is_some_and(|found| !gives_way(found)) {
                     return Ok(Claim::Taken);
                 }
                 let after = Chain::of(there, place, Some(flight));
@@ -169,6 +169,18 @@ mod lock_free {
                         self.release(&guard);
                     }
                     return Ok(Claim::Claimed { replaced });
+                }
+            }
+        }
+
+        /// Puts in a flight whose key is known not to be there.
+        pub(crate) fn insert_other(&self, flight: &Arc<Flight<F>>) {
+            let guard = self.chains.guard();
+            loop {
+                let before = self.chains.get(&flight.hash(), &guard);
+                let after = Chain::of(before.map_or(&[][..], Chain::flights), None, Some(flight));
+                if self.exchange(flight.hash(), before, after.as_ref(), &guard) {
+                    return;
                 }
             }
         }
@@ -260,7 +272,7 @@ mod lock_free {
 /// The same operations as one short critical section each, for loom.
 #[cfg(loom)]
 mod locked {
-    use super::{Arc, Claim, Family, Flight, Nanos, position};
+    use super::{Arc, Claim, Family, Flight, position};
     use crate::sync::Mutex;
 
     pub(crate) struct Table<F: Family>(Mutex<Vec<Arc<Flight<F>>>>);
@@ -282,21 +294,25 @@ mod locked {
             Ok(found.map(|flight| look(flight, usize::MAX)))
         }
 
-        pub(crate) fn claim(
+        pub(crate) fn insert(
             &self,
             flight: &Arc<Flight<F>>,
-            now: fn() -> Nanos,
+            gives_way: impl Fn(&Flight<F>) -> bool,
         ) -> Result<Claim<F>, F::Error> {
             let mut flights = self.0.lock();
             let Some(place) = position(&flights, flight.key())? else {
                 flights.push(Arc::clone(flight));
                 return Ok(Claim::Claimed { replaced: None });
             };
-            if flights[place].is_live(now()) {
+            if !gives_way(&flights[place]) {
                 return Ok(Claim::Taken);
             }
             let replaced = std::mem::replace(&mut flights[place], Arc::clone(flight));
             Ok(Claim::Claimed { replaced: Some(replaced) })
+        }
+
+        pub(crate) fn insert_other(&self, flight: &Arc<Flight<F>>) {
+            self.0.lock().push(Arc::clone(flight));
         }
 
         pub(crate) fn make_room(&self) {}

@@ -10,6 +10,15 @@ use crate::sync::{Arc, AtomicU8, AtomicUsize, Mutex, OnceLock, Ordering, Thread,
 pub type LoopId = usize;
 pub const NO_LOOP: LoopId = 0;
 
+/// Where a caller runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The event loop of a task; [`NO_LOOP`] for a thread that calls and waits by itself.
+    pub loop_id: LoopId,
+    /// The thread, by a number of the language above.
+    pub thread: u64,
+}
+
 pub enum Wakeup<F: Family> {
     Thread(Thread),
     Task(F::Task),
@@ -32,7 +41,7 @@ pub enum Fate {
     Offered,
     /// Its own call ended in a way that concerns nobody else.
     Private,
-    /// The call was cancelled on this waiter's own loop.
+    /// The call was cancelled for this waiter: with its loop, or with its key.
     Cancelled,
     /// An offer was withdrawn: ask again.
     Withdrawn,

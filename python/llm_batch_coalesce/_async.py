@@ -19,21 +19,25 @@ it. These are the rules.
 import asyncio
 import contextlib
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
 from inspect import isawaitable
 from types import CoroutineType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import ReferenceType
 
-from llm_batch_coalesce._core import Coalescer, Ticket, Token
+from llm_batch_coalesce._core import Retain, Ticket, Token
 from llm_batch_coalesce._errors import CallResultError
+from llm_batch_coalesce._reports import Outcome, Reporting
 from llm_batch_coalesce._sharing import shown
+
+if TYPE_CHECKING:
+    from llm_batch_coalesce._sync import BatchCoalescer
 
 T = TypeVar("T")
 _CallTask = asyncio.Task[BaseException | None]
 
 
-class AsyncBatchCoalescer(Coalescer):
+class AsyncBatchCoalescer(Reporting):
     """Shares one call among all tasks that ask for the same key at the same time, whatever loops they run on.
 
     For `ttl_seconds` after the call completes, later callers are served its outcome, too. A coalescer is bound to no
@@ -41,13 +45,26 @@ class AsyncBatchCoalescer(Coalescer):
 
     Args:
         ttl_seconds: How long a value is retained after its call has completed, in seconds. 0 retains nothing;
-            `math.inf` retains until `clear()`.
-        error_ttl_seconds: The same for an `Exception` that the call raised. None takes `ttl_seconds`; 0 lets the
-            next caller try anew.
+            `math.inf` retains until it is forgotten.
+        error_ttl_seconds: The same for an `Exception` that the call raised. None takes the TTL of values; 0 lets the
+            next caller try anew. A callable gets the exception and returns seconds, or None for the TTL of values:
+            retain a 429 until its retry-after, a 400 for long, a 503 not at all. If it fails, that is logged and the
+            error is not retained.
+        private_errors: Classes of exceptions that concern one caller only, such as the error of its own rate limit or
+            budget: the leader gets it, and the next waiter makes the call with its own callable.
+        max_flight_seconds: From this age in seconds on, a flight is no longer joined: the next caller leads a new one,
+            and the present waiters keep theirs. It is logged once (logger `llm_batch_coalesce`) with its key's type
+            and digest. None sets no limit.
+        max_retained: How many outcomes are retained at most, give or take one for each shard of the map; the oldest
+            leave first. None sets no limit.
+        on_abandoned: What becomes of a call when its last caller was cancelled: `"cancel"` cancels it, `"finish"` lets
+            it run on and retains its outcome.
+        name: What errors, the log and `repr` call this coalescer.
 
     Raises:
-        TypeError: If an argument is no number (a bool is none).
-        ValueError: If an argument is negative or NaN.
+        TypeError: If an argument has the wrong type (a bool is no number).
+        ValueError: If an argument has no sensible value: negative or NaN seconds, `max_retained` below 1, another
+            word for `on_abandoned`.
 
     Example:
         >>> async def define(term: str) -> str:
@@ -64,52 +81,132 @@ class AsyncBatchCoalescer(Coalescer):
     _tasks: set[_CallTask]
     _prune_at: int
 
-    def __init__(self, ttl_seconds: float = 5.0, error_ttl_seconds: float | None = None) -> None:  # noqa: ARG002
-        # Arguments are checked and kept by the core's `__new__`. A task that nobody holds is collected in mid-call.
+    def __init__(  # noqa: PLR0913 - they are options, given by name
+        self,
+        ttl_seconds: float = 5.0,  # noqa: ARG002 - checked and kept by the core's `__new__`, like all of them
+        *,
+        error_ttl_seconds: float | Callable[[Any], float | None] | None = None,  # noqa: ARG002
+        private_errors: type[BaseException] | Iterable[type[BaseException]] = (),  # noqa: ARG002
+        max_flight_seconds: float | None = None,  # noqa: ARG002
+        max_retained: int | None = None,  # noqa: ARG002
+        on_abandoned: Literal["cancel", "finish"] = "cancel",  # noqa: ARG002
+        name: str | None = None,  # noqa: ARG002
+    ) -> None:
+        # A task that nobody holds is collected in mid-call.
         self._tasks = set()
         self._prune_at = 64
 
-    async def get_or_call(self, key: Hashable, fn: Callable[[], Awaitable[T]]) -> T:
+    async def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[T | Retain[T]]],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it bounds the waiting, not the call
+        ttl_seconds: float | None = None,
+    ) -> T:
         """Return the outcome of `key`: the one retained, that of the call under way, or that of awaiting `fn()`.
 
         Args:
             key: Any hashable object; keys that are equal as in a dict are one.
             fn: Called without arguments by the one caller that leads; returns an awaitable. It runs in a task of
-                its own, in a copy of the leader's context.
+                its own, in a copy of the leader's context. The awaitable may give `Retain(value, ttl_seconds)` to set
+                the TTL by its result.
+            timeout: How long this caller waits for another's call, in seconds; 0 does not wait. It never bounds the
+                call: a caller that leads has no timeout.
+            ttl_seconds: The TTL in seconds of the outcome that this caller leads, instead of the coalescer's.
 
         Returns:
             What the call's awaitable returned, the same object for every caller.
 
         Raises:
             Exception: What the call raised: the original for the leader, a copy for everybody else.
-            asyncio.CancelledError: If this caller, or the call's own task, was cancelled.
+            TimeoutError: If `timeout` passed. Only for this caller.
+            asyncio.CancelledError: If this caller, the key or the call's own task was cancelled.
             RecursiveCallError: If the call that computes this key asks for it.
+            DeadlockError: If that call waits, in the end, for this caller.
             CallResultError: If `fn()` returns something that cannot be awaited. It is a TypeError.
-            TypeError: If the key is unhashable or `fn` is not callable.
+            TypeError: If the key is unhashable, `fn` is not callable or a number is none.
+            ValueError: If a number of seconds is negative or NaN.
         """
-        while True:
-            found = self._begin(key, fn)
-            if type(found) is not Ticket:
-                return found  # type: ignore[no-any-return]
-            future = found.future
-            if future is not None:
-                try:
-                    await future
-                except BaseException:
-                    found.leave()
-                    raise
-                outcome = found.outcome()
-                if outcome is not found:
-                    return outcome  # type: ignore[no-any-return]
-            if found.leads:
-                return await self._lead(found, fn)
+        found = self._begin(key, fn, timeout, ttl_seconds)
+        if type(found) is not Ticket:
+            return found  # type: ignore[no-any-return]
+        return await self._follow(found, self._begin, key, fn, timeout, ttl_seconds)  # type: ignore[no-any-return]
 
-    async def _lead(self, ticket: Ticket, fn: Callable[[], Awaitable[T]]) -> T:
+    async def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[T | Retain[T]]],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        ttl_seconds: float | None = None,
+    ) -> Outcome[T]:
+        """Return the same as `get_or_call`, with this caller's role and what is known of the flight.
+
+        Args:
+            key: As in `get_or_call`.
+            fn: As in `get_or_call`.
+            timeout: As in `get_or_call`, in seconds.
+            ttl_seconds: As in `get_or_call`, in seconds.
+
+        Returns:
+            The value, whether this caller led, waited or was served what is retained, how many waited, and how long
+            the call took in seconds.
+
+        Raises:
+            Exception: As in `get_or_call`.
+        """
+        found = self._begin_outcome(key, fn, timeout, ttl_seconds)
+        if type(found) is not Ticket:
+            return found  # type: ignore[no-any-return]
+        follow = self._follow(found, self._begin_outcome, key, fn, timeout, ttl_seconds)
+        return await follow  # type: ignore[no-any-return]
+
+    async def _follow(
+        self,
+        ticket: Ticket,
+        begin: Callable[..., Any],
+        key: Hashable,
+        fn: Callable[[], Awaitable[Any]],
+        timeout: float | None,  # noqa: ASYNC109 - as above
+        ttl_seconds: float | None,
+    ) -> Any:  # noqa: ANN401 - a value or an `Outcome`
+        """Do what a ticket tells, until there is an outcome."""
+        until: float | None = None
+        while True:
+            future = ticket.future
+            if future is not None:
+                timed_out = False
+                try:
+                    if timeout is None:
+                        await future
+                    else:
+                        until = until or asyncio.get_running_loop().time() + timeout
+                        async with asyncio.timeout_at(until):
+                            await future
+                except TimeoutError:
+                    timed_out = True
+                except BaseException:
+                    ticket.leave()
+                    raise
+                if timed_out:
+                    ticket.time_out(timeout)
+                outcome = ticket.outcome()
+                if outcome is not ticket:
+                    return outcome
+            if ticket.leads:
+                return await self._lead(ticket, fn)
+            found = begin(key, fn, timeout, ttl_seconds)
+            if type(found) is not Ticket:
+                return found
+            ticket = found
+
+    async def _lead(self, ticket: Ticket, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as above
         loop = asyncio.get_running_loop()
         token = ticket.token(self)
         task = _start(_call(token, fn), loop)
         if not task.done():
-            token.led_by(task)
+            token.led_by(task, asyncio.current_task(loop) or task)
             task.add_done_callback(token.task_done)
             self._hold(task)
             future = loop.create_future()
@@ -134,7 +231,19 @@ class AsyncBatchCoalescer(Coalescer):
             finally:
                 # The error's traceback holds this frame.
                 del error, task
-        return ticket.outcome()  # type: ignore[no-any-return]
+        return ticket.outcome()
+
+    def as_sync(self) -> "BatchCoalescer":
+        """Return a coalescer of threads on the same keys: a thread and a task that ask for one share one call.
+
+        A thread that would block the very event loop that computes its key gets `DeadlockError`.
+
+        Returns:
+            A new face of this coalescer, with the same options. It keeps this one alive.
+        """
+        from llm_batch_coalesce._sync import BatchCoalescer  # noqa: PLC0415 - the two refer to each other
+
+        return BatchCoalescer.__new__(BatchCoalescer, face_of=self)  # type: ignore[call-arg]
 
     def _hold(self, task: _CallTask) -> None:
         self._tasks.add(task)

@@ -19,6 +19,17 @@ class RecursiveCallError(CoalesceError, RuntimeError):
     __module__ = "llm_batch_coalesce"
 
 
+class DeadlockError(CoalesceError, RuntimeError):
+    """Waiting would never end: the call that the caller asks for waits, in the end, for the caller.
+
+    Two calls that ask for each other's keys, longer rings of them, or a thread that would block the very event loop
+    that computes its key. Only the caller that would close the circle gets it: the flight's waiters do not share it,
+    the next of them leads.
+    """
+
+    __module__ = "llm_batch_coalesce"
+
+
 class SharedCallError(CoalesceError):
     """Stands in for the error of a shared call whose class cannot be copied.
 

@@ -1,27 +1,39 @@
 """The coalescer of threads. Its `get_or_call` is compiled: a hit enters no Python frame."""
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Literal
 
+from llm_batch_coalesce._async import AsyncBatchCoalescer
 from llm_batch_coalesce._core import ThreadCoalescer
 from llm_batch_coalesce._errors import CallResultError
+from llm_batch_coalesce._reports import Reporting
 from llm_batch_coalesce._sharing import shown
 
 
-class BatchCoalescer(ThreadCoalescer):
+class BatchCoalescer(Reporting, ThreadCoalescer):
     """Shares one call among all threads that ask for the same key at the same time.
 
     For `ttl_seconds` after the call completes, later callers are served its outcome, too.
 
     Args:
         ttl_seconds: How long a value is retained after its call has completed, in seconds. 0 retains nothing;
-            `math.inf` retains until `clear()`.
-        error_ttl_seconds: The same for an `Exception` that the call raised. None takes `ttl_seconds`; 0 lets the
-            next caller try anew.
+            `math.inf` retains until it is forgotten.
+        error_ttl_seconds: The same for an `Exception` that the call raised. None takes the TTL of values; 0 lets the
+            next caller try anew. A callable gets the exception and returns seconds, or None for the TTL of values:
+            retain a 429 until its retry-after, a 400 for long, a 503 not at all. If it fails, that is logged and the
+            error is not retained.
+        private_errors: Classes of exceptions that concern one caller only, such as the error of its own rate limit or
+            budget: the leader gets it, and the next waiter makes the call with its own callable.
+        max_flight_seconds: From this age in seconds on, a flight is no longer joined: the next caller leads a new one,
+            and the present waiters keep theirs. It is logged once (logger `llm_batch_coalesce`) with its key's type
+            and digest. None sets no limit.
+        max_retained: How many outcomes are retained at most, give or take one for each shard of the map; the oldest
+            leave first. None sets no limit.
+        name: What errors, the log and `repr` call this coalescer.
 
     Raises:
-        TypeError: If an argument is no number (a bool is none).
-        ValueError: If an argument is negative or NaN.
+        TypeError: If an argument has the wrong type (a bool is no number).
+        ValueError: If an argument has no sensible value: negative or NaN seconds, `max_retained` below 1.
 
     Example:
         >>> coalescer = BatchCoalescer(ttl_seconds=5.0)
@@ -30,6 +42,23 @@ class BatchCoalescer(ThreadCoalescer):
     """
 
     __slots__ = ()
+
+    def as_async(self, *, on_abandoned: Literal["cancel", "finish"] = "cancel") -> AsyncBatchCoalescer:
+        """Return a coalescer of tasks on the same keys: a thread and a task that ask for one share one call.
+
+        Args:
+            on_abandoned: What becomes of a call that a task leads when its last caller was cancelled: `"cancel"`
+                cancels it, `"finish"` lets it run on and retains its outcome.
+
+        Returns:
+            A new face of this coalescer, with the same options. It keeps this one alive.
+
+        Raises:
+            ValueError: If `on_abandoned` is another word.
+        """
+        face = AsyncBatchCoalescer.__new__(AsyncBatchCoalescer, on_abandoned=on_abandoned, face_of=self)  # type: ignore[call-arg]
+        AsyncBatchCoalescer.__init__(face)
+        return face
 
 
 def refuse(fn: Callable[[], Any], coroutine: Coroutine[Any, Any, Any]) -> CallResultError:

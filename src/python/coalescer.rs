@@ -1,48 +1,161 @@
 //! The base classes of the public coalescers.
 
-use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::family::{Outcome, Python3, Shared, running_loop};
+use super::family::{Outcome, Python3, Shared, check_interrupt, running_loop};
 use super::hooks::Hooks;
-use super::options::{self, Ttl};
-use super::task::{Ticket, Within};
+use super::inside::Inside;
+use super::options::{self, ErrorTtl, Patience, Ttl};
+use super::retain::Retain;
+use super::task::Ticket;
 use super::{ffi, key};
-use crate::flight::{Flight, Standing};
-use crate::map::{Found, Lead, Map, Place};
+use crate::circle::Nested;
+use crate::clock::FOREVER;
+use crate::flight::Flight;
+use crate::map::{Found, Lead, Map, Settings};
 use crate::sync::Arc;
-use crate::waiter::{LoopId, NO_LOOP, Wakeup};
+use crate::waiter::{LoopId, Origin};
 
 /// What both kinds of coalescer have: the map, the options, and the questions about them.
 #[pyclass(frozen, subclass, weakref, module = "llm_batch_coalesce._core")]
 pub(super) struct Coalescer {
-    pub(super) map: Arc<Map<Python3>>,
-    pub(super) ttl: Ttl,
-    pub(super) error_ttl: Option<Ttl>,
+    map: Arc<Map<Python3>>,
+    options: Options,
+    /// The coalescer whose map this is, if it is another one's.
+    origin: Option<Py<Coalescer>>,
     /// Set with the first key or outcome that could be part of a reference cycle. Until then the garbage collector has
-    /// nothing to look for here: a free-threaded build collects often, and would walk a million strings each time.
-    may_refer: AtomicBool,
+    /// nothing to look for among them: a free-threaded build collects often, and would walk a million strings each time.
+    may_refer: Arc<AtomicBool>,
+}
+
+struct Options {
+    ttl: Ttl,
+    error_ttl: ErrorTtl,
+    private_errors: Option<Py<PyTuple>>,
+    max_flight: Option<Ttl>,
+    max_retained: Option<u64>,
+    /// Whether a call that this coalescer leads on an event loop goes on when all its callers have left.
+    finishes: bool,
+    name: Option<Arc<str>>,
+}
+
+impl Options {
+    fn settings(&self) -> Settings {
+        Settings {
+            name: self.name.clone(),
+            max_flight: self.max_flight.map_or(FOREVER, |limit| limit.nanos),
+            max_retained: self.max_retained,
+        }
+    }
+}
+
+/// What a caller asks for besides the key.
+#[derive(Clone, Copy)]
+pub(super) struct Request {
+    pub(super) patience: Patience,
+    pub(super) ttl: Option<Ttl>,
+    /// Whether the caller wants an `Outcome` and not only the value.
+    pub(super) detailed: bool,
+}
+
+impl Request {
+    #[inline]
+    pub(super) fn new(
+        timeout: Option<&Bound<'_, PyAny>>,
+        ttl_seconds: Option<&Bound<'_, PyAny>>,
+        detailed: bool,
+    ) -> PyResult<Self> {
+        let ttl = ttl_seconds.map(options::ttl_seconds).transpose()?;
+        Ok(Self { patience: options::timeout(timeout)?, ttl, detailed })
+    }
+}
+
+/// How a caller got its outcome.
+#[derive(Clone, Copy)]
+pub(super) enum Role {
+    Leader,
+    Waiter,
+    Hit,
+}
+
+/// An outcome on its way to a caller, and what is known of its flight.
+pub(super) struct Answer<'py> {
+    pub(super) shared: Shared<'py>,
+    pub(super) role: Role,
+    pub(super) waiters: u32,
+    pub(super) seconds: f32,
+}
+
+impl<'py> Answer<'py> {
+    pub(super) fn of(py: Python<'py>, outcome: &Outcome, flight: &Flight<Python3>, role: Role) -> Self {
+        let (waiters, seconds) = flight.report();
+        Self { shared: outcome.share(py), role, waiters, seconds }
+    }
+
+    /// The value, or an `Outcome` with it.
+    pub(super) fn into_result(self, py: Python<'py>, detailed: bool) -> PyResult<Bound<'py, PyAny>> {
+        let value = self.shared.into_result()?;
+        if !detailed {
+            return Ok(value);
+        }
+        let role = match self.role {
+            Role::Leader => "leader",
+            Role::Waiter => "waiter",
+            Role::Hit => "hit",
+        };
+        let arguments =
+            (role.into_pyobject(py)?, self.waiters.into_pyobject(py)?, self.seconds.into_pyobject(py)?);
+        ffi::call(Hooks::get(py)?.outcome.bind(py), [&value, &arguments.0, &arguments.1, &arguments.2])
+    }
 }
 
 #[pymethods]
 impl Coalescer {
     #[new]
-    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, error_ttl_seconds = None))]
-    #[pyo3(text_signature = "(ttl_seconds=5.0, error_ttl_seconds=None)")]
-    fn new(
+    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, *, error_ttl_seconds = ErrorTtl::Same, private_errors = None,
+        max_flight_seconds = None, max_retained = None, on_abandoned = false, name = None, face_of = None))]
+    #[pyo3(text_signature = "(ttl_seconds=5.0, *, error_ttl_seconds=None, private_errors=(), \
+        max_flight_seconds=None, max_retained=None, on_abandoned='cancel', name=None)")]
+    #[expect(clippy::too_many_arguments, reason = "they are options, given by name")]
+    pub(super) fn new(
+        py: Python<'_>,
         #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
-        #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: Option<Ttl>,
+        #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: ErrorTtl,
+        #[pyo3(from_py_with = options::private_errors)] private_errors: Option<Py<PyTuple>>,
+        #[pyo3(from_py_with = options::max_flight_seconds)] max_flight_seconds: Option<Ttl>,
+        #[pyo3(from_py_with = options::max_retained)] max_retained: Option<u64>,
+        #[pyo3(from_py_with = options::on_abandoned)] on_abandoned: bool,
+        #[pyo3(from_py_with = options::name)] name: Option<Arc<str>>,
+        face_of: Option<Bound<'_, Coalescer>>,
     ) -> Self {
-        let may_refer = AtomicBool::new(false);
-        Self { map: Map::new(), ttl: ttl_seconds, error_ttl: error_ttl_seconds, may_refer }
+        if let Some(other) = face_of {
+            return Self::face_of(py, &other, on_abandoned);
+        }
+        let options = Options {
+            ttl: ttl_seconds,
+            error_ttl: error_ttl_seconds,
+            private_errors,
+            max_flight: max_flight_seconds,
+            max_retained,
+            finishes: on_abandoned,
+            name,
+        };
+        let map = Map::new(options.settings());
+        Self { map, options, origin: None, may_refer: Arc::new(AtomicBool::new(false)) }
+    }
+
+    /// The name given to the constructor.
+    #[getter]
+    fn name(&self) -> Option<&str> {
+        self.options.name.as_deref()
     }
 
     fn __len__(&self) -> usize {
-        self.map.keys()
+        self.map().keys()
     }
 
     // Without it an empty coalescer would be false, and `coalescer or default` a trap.
@@ -52,27 +165,112 @@ impl Coalescer {
     }
 
     fn __contains__(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
-        self.map.contains(key::hash(key)?, key.as_unbound())
+        self.map().contains(key::hash(key)?, key.as_unbound())
+    }
+
+    #[pyo3(signature = (key, default = None))]
+    fn peek<'py>(
+        &self,
+        key: &Bound<'py, PyAny>,
+        default: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (py, hash) = (key.py(), key::hash(key)?);
+        match self.map().peek(hash, key.as_unbound(), |outcome| outcome.share(py))? {
+            Some(Shared::Value(value)) => Ok(value),
+            Some(Shared::Error(_)) | None => Ok(default.unwrap_or_else(|| py.None().into_bound(py))),
+        }
+    }
+
+    #[pyo3(signature = (key, value, ttl_seconds = None))]
+    fn put(
+        &self,
+        key: &Bound<'_, PyAny>,
+        value: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
+    ) -> PyResult<()> {
+        let hash = key::hash(key)?;
+        Retain::refuse(value)?;
+        let ttl = ttl_seconds.unwrap_or(self.options.ttl);
+        if ttl.nanos == 0 {
+            self.map().forget(hash, key.as_unbound())?;
+        } else {
+            self.note(key);
+            self.note(value);
+            let outcome = Outcome::Value(value.clone().unbind());
+            self.map().put(hash, key.clone().unbind(), outcome, ttl.nanos)?;
+        }
+        Ok(())
+    }
+
+    fn forget(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.map().forget(key::hash(key)?, key.as_unbound())
+    }
+
+    fn cancel(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let was_in_flight = self.map().cancel(key::hash(key)?, key.as_unbound())?;
+        check_interrupt()?;
+        Ok(was_in_flight)
     }
 
     /// Drops all retained outcomes and disowns the flights under way: their callers still get the outcome, but
     /// the next caller of the key leads a call of its own.
     fn clear(&self) {
-        self.map.clear();
+        self.map().clear();
+    }
+
+    fn reset_stats(&self) {
+        self.map().reset_stats();
+    }
+
+    /// The counters, in the order of `Stats`.
+    fn _stats(&self) -> (u64, u64, u64, u64, u64, u64, u64, u64, u64, u64) {
+        // What has expired is not retained, though it may wait for the sweeper.
+        self.map().expire();
+        let stats = self.map().stats();
+        (
+            stats.calls,
+            stats.joined,
+            stats.hits,
+            stats.errors,
+            stats.timeouts,
+            stats.cancelled,
+            stats.handed_over,
+            stats.evicted,
+            stats.in_flight,
+            stats.retained,
+        )
+    }
+
+    /// Of each flight: key, age in seconds, number of waiters, and who leads: number of the thread, and weakly the
+    /// caller's task and the call's. None of these while the lead is being handed over.
+    fn _flights<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let views = self.map().flights();
+        let flights = views.iter().map(|view| {
+            let call = view.call.as_ref();
+            let (caller, task) = (call.map(|call| call.caller.bind(py)), call.map(|call| call.task.bind(py)));
+            let thread = (!view.offered).then_some(view.led_by.thread);
+            let age = std::time::Duration::from_nanos(view.age).as_secs_f64();
+            (view.flight.key(), age, view.waiters, thread, caller, task).into_pyobject(py)
+        });
+        flights.collect()
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
         let this = slf.get();
-        let name = slf.get_type().name()?;
+        let class = slf.get_type().name()?;
         let seconds = |ttl: Ttl| pyo3::types::PyFloat::new(slf.py(), ttl.seconds).to_string();
         // What has expired is not retained, though it may wait for the sweeper.
-        this.map.expire();
-        let stats = this.map.stats();
-        let errors = this.error_ttl.map(|ttl| format!(", error_ttl_seconds={}", seconds(ttl)));
+        this.map().expire();
+        let stats = this.map().stats();
+        let name = this.options.name.as_ref().map(|name| format!(" {name:?}")).unwrap_or_default();
+        let errors = match &this.options.error_ttl {
+            ErrorTtl::Same => String::new(),
+            ErrorTtl::Fixed(ttl) => format!(" error_ttl_seconds={}", seconds(*ttl)),
+            ErrorTtl::Decided(_) => " error_ttl_seconds=callable".to_owned(),
+        };
         Ok(format!(
-            "<{name} ttl_seconds={}{} in_flight={} retained={} calls={} joined={} hits={} errors={}>",
-            seconds(this.ttl),
-            errors.unwrap_or_default(),
+            "<{class}{name} ttl_seconds={}{errors} in_flight={} retained={} calls={} joined={} hits={} errors={}>",
+            seconds(this.options.ttl),
             stats.in_flight,
             stats.retained,
             stats.calls,
@@ -83,42 +281,77 @@ impl Coalescer {
     }
 
     /// Serves a task: the value of a hit, or a ticket for what there is to do.
+    #[pyo3(signature = (key, r#fn, timeout = None, ttl_seconds = None, /))]
     fn _begin<'py>(
         slf: &Bound<'py, Self>,
         key: &Bound<'py, PyAny>,
         r#fn: &Bound<'py, PyAny>,
+        timeout: Option<&Bound<'py, PyAny>>,
+        ttl_seconds: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let request = Request::new(timeout, ttl_seconds, false)?;
         let hash = key::hash(key)?;
-        match slf.get().find(hash, key)? {
+        let map = slf.get().map();
+        match find_value(map, hash, key)? {
             Found::Hit(shared) => shared.into_result(),
-            found => Self::begin_missed(slf, found, hash, key, r#fn),
+            Found::Pending(flight) => Self::begin(slf, map, Found::Pending(flight), hash, key, r#fn, request),
+            Found::Nothing => Self::begin(slf, map, Found::Nothing, hash, key, r#fn, request),
         }
+    }
+
+    /// The same for one that wants an `Outcome`.
+    #[pyo3(signature = (key, r#fn, timeout = None, ttl_seconds = None, /))]
+    fn _begin_outcome<'py>(
+        slf: &Bound<'py, Self>,
+        key: &Bound<'py, PyAny>,
+        r#fn: &Bound<'py, PyAny>,
+        timeout: Option<&Bound<'py, PyAny>>,
+        ttl_seconds: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let request = Request::new(timeout, ttl_seconds, true)?;
+        let hash = key::hash(key)?;
+        let map = slf.get().map();
+        Self::begin(slf, map, find(map, hash, key)?, hash, key, r#fn, request)
     }
 
     /// How many callers wait for the flight of a key: lets tests know that all are in.
     fn _waiters(&self, key: &Bound<'_, PyAny>) -> PyResult<usize> {
-        self.map.waiters(key::hash(key)?, key.as_unbound())
+        self.map().waiters(key::hash(key)?, key.as_unbound())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        let mut result = Ok(());
-        if !self.may_refer.load(Ordering::Relaxed) {
-            return result;
+        visit.call(&self.options.private_errors)?;
+        if let ErrorTtl::Decided(decide) = &self.options.error_ttl {
+            visit.call(decide)?;
         }
-        self.map.for_each(|flight| {
+        if self.origin.is_some() {
+            // What the map holds is the origin's.
+            return visit.call(&self.origin);
+        }
+        let mut result = Ok(());
+        self.map.for_each_task(|task| {
             if result.is_ok() {
-                result = visit_flight(flight, &visit);
+                result = visit.call(&task.event_loop).and_then(|()| visit.call(&task.future));
             }
         });
+        if self.may_refer.load(Ordering::Relaxed) {
+            self.map.for_each(|flight| {
+                if result.is_ok() {
+                    result = visit_flight(flight, &visit);
+                }
+            });
+        }
         result
     }
 
     fn __clear__(&self) {
-        self.map.clear();
+        if self.origin.is_none() {
+            self.map.clear();
+        }
     }
 }
 
-/// Keys and retained outcomes. What a flight under way holds besides is held by the tasks and threads that wait for it.
+/// Keys and retained outcomes.
 fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
     visit.call(flight.key())?;
     match flight.retained_at_all() {
@@ -128,18 +361,44 @@ fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyT
 }
 
 impl Coalescer {
+    /// Another coalescer on the same map.
+    fn face_of(py: Python<'_>, other: &Bound<'_, Self>, finishes: bool) -> Self {
+        let this = other.get();
+        let options = Options {
+            error_ttl: this.options.error_ttl.clone_ref(py),
+            private_errors: this.options.private_errors.as_ref().map(|classes| classes.clone_ref(py)),
+            name: this.options.name.clone(),
+            finishes,
+            ..this.options
+        };
+        let origin =
+            this.origin.as_ref().map_or_else(|| other.clone().unbind(), |origin| origin.clone_ref(py));
+        Self {
+            map: Arc::clone(&this.map),
+            options,
+            origin: Some(origin),
+            may_refer: Arc::clone(&this.may_refer),
+        }
+    }
+
     #[inline]
-    fn find<'py>(&self, hash: u64, key: &Bound<'py, PyAny>) -> PyResult<Found<Python3, Shared<'py>>> {
-        self.map.find(hash, key.as_unbound(), |outcome| outcome.share(key.py()))
+    pub(super) fn map(&self) -> &Arc<Map<Python3>> {
+        self.map.current()
+    }
+
+    pub(super) fn finishes(&self) -> bool {
+        self.options.finishes
     }
 
     #[cold]
-    fn begin_missed<'py>(
-        slf: &Bound<'py, Self>,
-        mut found: Found<Python3, Shared<'py>>,
+    fn begin<'a, 'py>(
+        slf: &'a Bound<'py, Self>,
+        mut map: &'a Arc<Map<Python3>>,
+        mut found: Found<Python3, Answer<'py>>,
         hash: u64,
         key: &Bound<'py, PyAny>,
         r#fn: &Bound<'py, PyAny>,
+        request: Request,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
         options::callable("fn", r#fn)?;
@@ -147,36 +406,78 @@ impl Coalescer {
         let loop_id = event_loop.as_ptr().addr();
         loop {
             let ticket = match found {
-                Found::Hit(shared) => return shared.into_result(),
+                Found::Hit(answer) => return answer.into_result(py, request.detailed),
                 Found::Nothing => {
-                    let lead = this.claim(hash, key, loop_id)?;
-                    lead.map(|lead| Ticket::leading(lead, loop_id))
+                    let lead = this.claim(map, hash, key, loop_id)?;
+                    lead.map(|lead| Ticket::leading(lead, loop_id, this.finishes(), request))
                 }
                 Found::Pending(flight) => {
-                    if Within::includes(py, &flight)? {
-                        return Err(recursive_error(key)?);
+                    let inside = Inside::of_task(py)?;
+                    if inside.includes(&flight) {
+                        return Err(this.recursive_error(key)?);
                     }
-                    Ticket::joining(&this.map, &flight, &event_loop)?
+                    if request.patience == Patience::None {
+                        map.count_timeout(hash);
+                        return Err(timeout_error(map, key, 0_u8.into_pyobject(py)?.as_any())?);
+                    }
+                    let nested = this.begin_nested(&inside, &[], &flight, key, request)?;
+                    Ticket::joining(this, map, &flight, &event_loop, nested, request)?
                 }
             };
-            let Some(ticket) = ticket else {
-                found = this.find(hash, key)?;
-                continue;
-            };
-            return Ok(Bound::new(py, ticket)?.into_any());
+            if let Some(ticket) = ticket {
+                return Ok(Bound::new(py, ticket)?.into_any());
+            }
+            map = this.map();
+            found = find(map, hash, key)?;
         }
     }
 
     /// Claims a flight for a key that was not found; `None` if another caller was faster.
-    fn claim(&self, hash: u64, key: &Bound<'_, PyAny>, led_on: LoopId) -> PyResult<Option<Lead<Python3>>> {
+    pub(super) fn claim(
+        &self,
+        map: &Arc<Map<Python3>>,
+        hash: u64,
+        key: &Bound<'_, PyAny>,
+        loop_id: LoopId,
+    ) -> PyResult<Option<Lead<Python3>>> {
         self.note(key);
-        self.map.claim(hash, key.clone().unbind(), led_on)
+        let origin = Origin { loop_id, thread: ffi::thread_number() };
+        map.claim(hash, key.clone().unbind(), origin)
     }
 
-    /// Shares a call's value.
-    pub(super) fn complete(&self, lead: Lead<Python3>, value: Bound<'_, PyAny>) {
+    /// Notes a wait of a caller that others wait for. Fails if it would close a circle.
+    pub(super) fn begin_nested(
+        &self,
+        inside: &Inside,
+        blocked: &[LoopId],
+        flight: &Arc<Flight<Python3>>,
+        key: &Bound<'_, PyAny>,
+        request: Request,
+    ) -> PyResult<Option<Nested>> {
+        let mut sources = inside.sources();
+        sources.extend(blocked.iter().copied().map(crate::circle::Source::Loop));
+        // A wait that ends by itself is no part of a circle.
+        if sources.is_empty() || request.patience != Patience::Endless {
+            return Ok(None);
+        }
+        match Nested::begin(sources, flight) {
+            Ok(nested) => Ok(Some(nested)),
+            Err(crate::circle::Circle) => Err(self.deadlock_error(key)?),
+        }
+    }
+
+    /// Shares a call's value, and returns what the callers get.
+    pub(super) fn complete<'py>(
+        &self,
+        lead: Lead<Python3>,
+        value: Bound<'py, PyAny>,
+        ttl: Option<Ttl>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (value, ttl) = Retain::open(value, ttl.unwrap_or(self.options.ttl));
         self.note(&value);
-        lead.complete(Outcome::Value(value.unbind()), self.ttl.nanos, false);
+        lead.complete(Outcome::Value(value.clone().unbind()), ttl.nanos, false);
+        check_interrupt()?;
+        Ok(value)
     }
 
     /// Notes an object that is about to be held, for the garbage collector. Before it is held, so that no collection
@@ -189,190 +490,85 @@ impl Coalescer {
         }
     }
 
-    /// Publishes how a call failed. The error itself is for the leader's own caller.
+    /// Publishes how a call failed. The error itself is for the leader's own caller; false if that is gone and nobody
+    /// else has it.
     pub(super) fn settle_error(
-        slf: &Bound<'_, Self>,
+        &self,
         lead: Lead<Python3>,
         error: &Bound<'_, PyAny>,
+        ttl: Option<Ttl>,
     ) -> PyResult<bool> {
-        let (py, this) = (slf.py(), slf.get());
+        let py = error.py();
+        let (none, nothing) = (py.None().into_bound(py), PyTuple::empty(py));
+        let private = self.options.private_errors.as_ref().map_or(&nothing, |classes| classes.bind(py));
+        let decide = match &self.options.error_ttl {
+            ErrorTtl::Decided(decide) => decide.bind(py),
+            ErrorTtl::Same | ErrorTtl::Fixed(_) => &none,
+        };
         // If this raises, the lead is dropped and so handed over.
-        let settled = Hooks::get(py)?.settle.bind(py).call1((slf, error))?;
-        if settled.is_none() {
-            return Ok(lead.abandon(true));
-        }
-        let (template, retain): (Py<PyAny>, bool) = settled.cast::<PyTuple>()?.extract()?;
-        let ttl = if retain { this.error_ttl.unwrap_or(this.ttl).nanos } else { 0 };
-        this.may_refer.store(true, Ordering::Relaxed);
-        lead.complete(Outcome::Error(template), ttl, true);
-        Ok(true)
+        let settled = ffi::call(Hooks::get(py)?.settle.bind(py), [error, private, decide])?;
+        let delivered = if settled.is_none() {
+            lead.abandon(true)
+        } else {
+            let (template, seconds): (Py<PyAny>, Option<Bound<'_, PyAny>>) = settled.extract()?;
+            let ttl = match (seconds, &self.options.error_ttl) {
+                (Some(seconds), _) => options::ttl("error_ttl_seconds", &seconds)?,
+                (None, ErrorTtl::Fixed(ttl)) => *ttl,
+                (None, ErrorTtl::Same | ErrorTtl::Decided(_)) => ttl.unwrap_or(self.options.ttl),
+            };
+            self.may_refer.store(true, Ordering::Relaxed);
+            lead.complete(Outcome::Error(template), ttl.nanos, true);
+            true
+        };
+        check_interrupt()?;
+        Ok(delivered)
+    }
+
+    pub(super) fn recursive_error(&self, key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+        let py = key.py();
+        let name = self.options.name.as_deref().into_pyobject(py)?;
+        Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.recursive_error.bind(py), [key, &name])?))
+    }
+
+    pub(super) fn deadlock_error(&self, key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+        let py = key.py();
+        let name = self.options.name.as_deref().into_pyobject(py)?;
+        Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.deadlock_error.bind(py), [key, &name])?))
     }
 }
 
-fn recursive_error(key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
-    Ok(PyErr::from_value(Hooks::get(key.py())?.recursive_error.bind(key.py()).call1((key,))?))
-}
-
-/// The coalescer of threads.
-#[pyclass(frozen, subclass, extends = Coalescer, module = "llm_batch_coalesce._core")]
-pub(super) struct ThreadCoalescer;
-
-#[pymethods]
-impl ThreadCoalescer {
-    #[new]
-    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, error_ttl_seconds = None))]
-    #[pyo3(text_signature = "(ttl_seconds=5.0, error_ttl_seconds=None)")]
-    fn new(
-        #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
-        #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: Option<Ttl>,
-    ) -> PyClassInitializer<Self> {
-        PyClassInitializer::from(Coalescer::new(ttl_seconds, error_ttl_seconds)).add_subclass(Self)
-    }
-
-    /// Returns the outcome of `key`: the one retained, that of the call under way, or that of calling `fn()`.
-    #[pyo3(signature = (key, r#fn))]
-    fn get_or_call<'py>(
-        slf: &Bound<'py, Self>,
-        key: &Bound<'py, PyAny>,
-        r#fn: &Bound<'py, PyAny>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let hash = key::hash(key)?;
-        match slf.as_super().get().find(hash, key)? {
-            Found::Hit(shared) => shared.into_result(),
-            found => missed(slf.as_super(), found, hash, key, r#fn),
-        }
-    }
-}
-
-#[cold]
-fn missed<'py>(
-    slf: &Bound<'py, Coalescer>,
-    mut found: Found<Python3, Shared<'py>>,
+/// Looks for a key, and takes only the value of a hit.
+#[inline]
+pub(super) fn find_value<'py>(
+    map: &Map<Python3>,
     hash: u64,
     key: &Bound<'py, PyAny>,
-    r#fn: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let (py, this) = (slf.py(), slf.get());
-    options::callable("fn", r#fn)?;
-    loop {
-        match found {
-            Found::Hit(shared) => return shared.into_result(),
-            Found::Nothing => {
-                if let Some(lead) = this.claim(hash, key, NO_LOOP)? {
-                    return lead_call(slf, lead, r#fn);
-                }
-            }
-            Found::Pending(flight) => {
-                if Led::includes(&flight) {
-                    return Err(recursive_error(key)?);
-                }
-                if let Some(place) = this.map.join(&flight, NO_LOOP, Wakeup::this_thread()) {
-                    drop(flight);
-                    match wait(py, &place)? {
-                        Standing::Offered => {
-                            if let Some(lead) = place.take_lead() {
-                                drop(place);
-                                return lead_call(slf, lead, r#fn);
-                            }
-                        }
-                        Standing::Landed => {
-                            if let Some(outcome) = place.outcome() {
-                                place.count_joined();
-                                let shared = outcome.share(py);
-                                drop(place);
-                                return shared.into_result();
-                            }
-                        }
-                        // None of these befalls a thread; asking again is right in any case.
-                        Standing::Waiting | Standing::Private | Standing::Cancelled | Standing::Withdrawn => {
-                        }
-                    }
-                }
-            }
-        }
-        found = this.find(hash, key)?;
-    }
+) -> PyResult<Found<Python3, Shared<'py>>> {
+    map.find(hash, key.as_unbound(), |outcome, _| outcome.share(key.py()))
 }
 
-/// Runs the callable and ends the flight with what became of it.
-fn lead_call<'py>(
-    slf: &Bound<'py, Coalescer>,
-    lead: Lead<Python3>,
-    r#fn: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let py = slf.py();
-    let result = {
-        let _led = Led::push(&lead);
-        ffi::call0(r#fn)
-    };
-    let result = match result {
-        Ok(value) if ffi::is_coroutine(&value) => Err(refused(r#fn, &value)?),
-        result => result,
-    };
-    match result {
-        Ok(value) => {
-            slf.get().complete(lead, value.clone());
-            Ok(value)
-        }
-        Err(error) => {
-            let exception = error.into_value(py).into_bound(py).into_any();
-            Coalescer::settle_error(slf, lead, &exception)?;
-            Err(PyErr::from_value(exception))
-        }
-    }
+pub(super) fn find<'py>(
+    map: &Map<Python3>,
+    hash: u64,
+    key: &Bound<'py, PyAny>,
+) -> PyResult<Found<Python3, Answer<'py>>> {
+    map.find(hash, key.as_unbound(), |outcome, flight| Answer::of(key.py(), outcome, flight, Role::Hit))
 }
 
-/// The error of a callable that returned a coroutine, which threads cannot share.
-fn refused(r#fn: &Bound<'_, PyAny>, coroutine: &Bound<'_, PyAny>) -> PyResult<PyErr> {
-    Ok(PyErr::from_value(Hooks::get(r#fn.py())?.refuse.bind(r#fn.py()).call1((r#fn, coroutine))?))
+pub(super) fn timeout_error(
+    map: &Map<Python3>,
+    key: &Bound<'_, PyAny>,
+    timeout: &Bound<'_, PyAny>,
+) -> PyResult<PyErr> {
+    let py = key.py();
+    let name = map.settings().name.as_deref().into_pyobject(py)?;
+    Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.timeout_error.bind(py), [key, &name, timeout])?))
 }
 
-/// Waits until the flight has something for this thread.
-fn wait(py: Python<'_>, place: &Place<Python3>) -> PyResult<Standing> {
-    /// How often the main thread looks for signals.
-    const SIGNALS: std::time::Duration = std::time::Duration::from_millis(50);
-    let limit = is_main_thread(py)?.then_some(SIGNALS);
-    loop {
-        let standing = ffi::detached(py, || place.wait(limit));
-        if standing != Standing::Waiting {
-            place.pass_baton();
-            return Ok(standing);
-        }
-        py.check_signals()?;
-    }
-}
-
-/// Signals are handled in the main thread only.
-fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
-    use pyo3::intern;
-    let threading = py.import(intern!(py, "threading"))?;
-    let main = threading.call_method0(intern!(py, "main_thread"))?.getattr(intern!(py, "ident"))?;
-    main.eq(threading.call_method0(intern!(py, "get_ident"))?)
-}
-
-thread_local! {
-    /// The flights that this thread leads at the moment, outermost first.
-    static LED: RefCell<Vec<(*const Flight<Python3>, u32)>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Notes that this thread leads a flight, as long as it lives.
-struct Led;
-
-impl Led {
-    fn push(lead: &Lead<Python3>) -> Self {
-        LED.with_borrow_mut(|led| led.push((Arc::as_ptr(lead.flight()), lead.epoch())));
-        Self
-    }
-
-    /// Whether this thread would wait for itself.
-    fn includes(flight: &Arc<Flight<Python3>>) -> bool {
-        let wanted = Arc::as_ptr(flight);
-        LED.with_borrow(|led| led.iter().any(|&(own, epoch)| own == wanted && flight.epoch() == Some(epoch)))
-    }
-}
-
-impl Drop for Led {
-    fn drop(&mut self) {
-        LED.with_borrow_mut(Vec::pop);
-    }
+/// The error of a waiter whose key was cancelled.
+pub(super) fn cancelled_error(map: &Map<Python3>, key: &Bound<'_, PyAny>, in_task: bool) -> PyResult<PyErr> {
+    let py = key.py();
+    let name = map.settings().name.as_deref().into_pyobject(py)?;
+    let in_task = in_task.into_pyobject(py)?;
+    Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.cancelled_error.bind(py), [key, &name, &in_task])?))
 }

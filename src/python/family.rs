@@ -1,7 +1,10 @@
 //! The core's view of Python: what keys, outcomes and tasks are, and how tasks are woken.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use pyo3::exceptions::PyException;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -42,7 +45,7 @@ impl<'py> Shared<'py> {
         match self {
             Self::Value(value) => Ok(value),
             Self::Error(template) => {
-                let copy = Hooks::get(template.py())?.copy_error.bind(template.py()).call1((&template,))?;
+                let copy = ffi::call(Hooks::get(template.py())?.copy_error.bind(template.py()), [&template])?;
                 Err(PyErr::from_value(copy))
             }
         }
@@ -55,6 +58,14 @@ pub(super) struct TaskWaiter {
     pub(super) future: Py<PyAny>,
 }
 
+/// The tasks of a flight that is led on an event loop, both held weakly.
+pub(super) struct TaskCall {
+    /// The call's own task.
+    pub(super) task: Py<PyAny>,
+    /// The task of the caller that leads.
+    pub(super) caller: Py<PyAny>,
+}
+
 /// See [`Family::wake_fan`]; set when the module is initialised.
 pub(super) static WAKE_FAN: AtomicUsize = AtomicUsize::new(1);
 
@@ -63,8 +74,7 @@ impl Family for Python3 {
     type Outcome = Outcome;
     type Error = PyErr;
     type Task = TaskWaiter;
-    /// A weak reference to the task.
-    type Call = Py<PyAny>;
+    type Call = TaskCall;
 
     fn wake_fan() -> usize {
         WAKE_FAN.load(Ordering::Relaxed)
@@ -76,30 +86,81 @@ impl Family for Python3 {
     }
 
     fn wake_tasks(waiters: Vec<std::sync::Arc<Waiter<Self>>>) {
-        wake_tasks(ffi::attached(), &waiters);
-    }
-
-    fn share_call(call: &Py<PyAny>) -> Py<PyAny> {
-        call.clone_ref(ffi::attached())
-    }
-
-    fn cancel_call(call: Py<PyAny>) {
         let py = ffi::attached();
-        if let Err(error) = Hooks::get(py).and_then(|hooks| hooks.cancel_call.bind(py).call1((call,))) {
-            error.write_unraisable(py, None);
-        }
+        undisturbed(py, || wake_tasks(py, &waiters));
     }
 
-    fn call_is_lost(call: &Py<PyAny>) -> bool {
+    fn share_call(call: &TaskCall) -> TaskCall {
+        let py = ffi::attached();
+        TaskCall { task: call.task.clone_ref(py), caller: call.caller.clone_ref(py) }
+    }
+
+    fn cancel_call(call: TaskCall) {
+        let py = ffi::attached();
+        undisturbed(py, || {
+            report(
+                py,
+                Hooks::get(py).and_then(|hooks| ffi::call(hooks.cancel_call.bind(py), [call.task.bind(py)])),
+            )
+        });
+    }
+
+    fn call_is_lost(call: &TaskCall) -> bool {
         let py = ffi::attached();
         let answer = Hooks::get(py)
-            .and_then(|hooks| hooks.call_is_lost.bind(py).call1((call,)))
+            .and_then(|hooks| ffi::call(hooks.call_is_lost.bind(py), [call.task.bind(py)]))
             .and_then(|answer| answer.is_truthy());
-        answer.unwrap_or_else(|error| {
-            error.write_unraisable(py, None);
-            false
-        })
+        report(py, answer).unwrap_or(false)
     }
+
+    fn task_is_lost(task: &TaskWaiter) -> bool {
+        let py = ffi::attached();
+        report(py, is_closed(task.event_loop.bind(py))).unwrap_or(false)
+    }
+
+    fn report_over_age(name: Option<&str>, key: &Py<PyAny>, age: Duration) {
+        let py = ffi::attached();
+        let logged = Hooks::get(py).and_then(|hooks| {
+            let (name, age) = (name.into_pyobject(py)?, age.as_secs_f64().into_pyobject(py)?);
+            ffi::call(hooks.report_over_age.bind(py), [key.bind(py), &name, &age])
+        });
+        report(py, logged);
+    }
+}
+
+thread_local! {
+    /// What a signal handler raised in this thread while tasks were being woken.
+    static INTERRUPT: Cell<Option<PyErr>> = const { Cell::new(None) };
+}
+
+/// Raises what a signal handler raised while others were being served, now that they have been.
+pub(super) fn check_interrupt() -> PyResult<()> {
+    INTERRUPT.take().map_or(Ok(()), Err)
+}
+
+/// Hands an error that no caller can get to `sys.unraisablehook`. What is no `Exception` comes from a signal handler, and
+/// is for this thread.
+fn report<T>(py: Python<'_>, result: PyResult<T>) -> Option<T> {
+    result
+        .map_err(|error| {
+            if error.is_instance_of::<PyException>(py) {
+                error.write_unraisable(py, None);
+            } else {
+                INTERRUPT.set(Some(error));
+            }
+        })
+        .ok()
+}
+
+/// Runs Python code that has nothing to do with an error that may be on its way: leads and seats are also dropped while
+/// frames are unwound.
+fn undisturbed<R>(py: Python<'_>, run: impl FnOnce() -> R) -> R {
+    let on_its_way = PyErr::take(py);
+    let result = run();
+    if let Some(error) = on_its_way {
+        error.restore(py);
+    }
+    result
 }
 
 /// The loop that runs in this thread; `None` outside of any.
@@ -112,16 +173,11 @@ pub(super) fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 ///
 /// A loop that cannot be told holds up no other: its error goes to `sys.unraisablehook`.
 fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) {
-    let report = |result: PyResult<()>| {
-        if let Err(error) = result {
-            error.write_unraisable(py, None);
-        }
-    };
     let here = running_loop(py).ok();
     let mut elsewhere: Vec<(&Py<PyAny>, Vec<&Py<PyAny>>)> = Vec::new();
     for task in waiters.iter().filter_map(|waiter| waiter.task()) {
         if here.as_ref().is_some_and(|here| here.is(&task.event_loop)) {
-            report(set_done(task.future.bind(py)));
+            report(py, set_done(task.future.bind(py)));
             continue;
         }
         match elsewhere.iter_mut().find(|(event_loop, _)| event_loop.is(&task.event_loop)) {
@@ -130,33 +186,47 @@ fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) {
         }
     }
     for (event_loop, futures) in elsewhere {
-        report(wake_elsewhere(event_loop.bind(py), &futures));
+        report(py, wake_elsewhere(event_loop.bind(py), &futures));
     }
 }
 
 fn wake_elsewhere(event_loop: &Bound<'_, PyAny>, futures: &[&Py<PyAny>]) -> PyResult<()> {
+    static SET_ALL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = event_loop.py();
-    let set_all = Hooks::get(py)?.set_all_done.bind(py);
+    let set_all = SET_ALL
+        .get_or_try_init(py, || Ok::<_, PyErr>(wrap_pyfunction!(set_all_done, py)?.into_any().unbind()))?
+        .bind(py);
     let futures = PyList::new(py, futures)?;
-    match event_loop.call_method1(intern!(py, "call_soon_threadsafe"), (set_all, futures)) {
+    let tell =
+        || ffi::call_method(intern!(py, "call_soon_threadsafe"), [event_loop, set_all, &futures]).map(drop);
+    match tell() {
         // The loop is closed: its tasks will never run again.
-        Err(_) if event_loop.call_method0(intern!(py, "is_closed"))?.is_truthy()? => Ok(()),
-        sent => sent.map(drop),
+        Err(_) if is_closed(event_loop)? => Ok(()),
+        // A signal handler has raised, before the loop was told or after; being told twice does no harm.
+        Err(error) if !error.is_instance_of::<PyException>(py) => tell().and(Err(error)),
+        told => told,
     }
+}
+
+fn is_closed(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
+    ffi::call_method(intern!(event_loop.py(), "is_closed"), [event_loop])?.is_truthy()
 }
 
 /// A future says "done" only; the outcome is read from the flight.
 fn set_done(future: &Bound<'_, PyAny>) -> PyResult<()> {
     let py = future.py();
-    match future.call_method1(intern!(py, "set_result"), (py.None(),)) {
-        // Its caller was cancelled a moment ago.
-        Err(_) if future.call_method0(intern!(py, "done"))?.is_truthy()? => Ok(()),
-        set => set.map(drop),
+    // It is when its caller was cancelled a moment ago.
+    if !ffi::call_method(intern!(py, "done"), [future])?.is_truthy()? {
+        ffi::call_method(intern!(py, "set_result"), [future, py.None().bind(py)])?;
     }
+    Ok(())
 }
 
 /// Called on the loop that the futures belong to.
 #[pyfunction]
-pub(super) fn set_all_done(futures: &Bound<'_, PyList>) -> PyResult<()> {
-    futures.iter().try_for_each(|future| set_done(&future))
+fn set_all_done(futures: &Bound<'_, PyList>) -> PyResult<()> {
+    for future in futures.iter() {
+        report(futures.py(), set_done(&future));
+    }
+    check_interrupt()
 }

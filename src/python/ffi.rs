@@ -6,7 +6,7 @@ use std::mem::forget;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null_mut;
 
-use pyo3::ffi;
+use pyo3::ffi::{self, PyObject};
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 
@@ -33,21 +33,90 @@ fn stop_unwinding<R>(call: impl FnOnce() -> R) -> R {
     result
 }
 
-type CallNoArgs = unsafe extern "C-unwind" fn(*mut ffi::PyObject) -> *mut ffi::PyObject;
-type RichCompareBool = unsafe extern "C-unwind" fn(*mut ffi::PyObject, *mut ffi::PyObject, i32) -> i32;
+type CallNoArgs = unsafe extern "C-unwind" fn(*mut PyObject) -> *mut PyObject;
+type Vectorcall =
+    unsafe extern "C-unwind" fn(*mut PyObject, *const *mut PyObject, usize, *mut PyObject) -> *mut PyObject;
+type Hash = unsafe extern "C-unwind" fn(*mut PyObject) -> isize;
+type RichCompareBool = unsafe extern "C-unwind" fn(*mut PyObject, *mut PyObject, i32) -> i32;
+type CheckSignals = unsafe extern "C-unwind" fn() -> i32;
 type RestoreThread = unsafe extern "C-unwind" fn(*mut ffi::PyThreadState);
+
+/// A function of CPython as one that may be unwound through. `black_box` keeps the compiler from seeing that it is the
+/// one which is declared as never unwinding.
+macro_rules! unwinding {
+    ($function:ident as $kind:ty) => {
+        // SAFETY: the same function and the same calling convention; only unwinding is no longer ruled out.
+        unsafe { std::mem::transmute::<*const (), $kind>(black_box(ffi::$function as *const ())) }
+    };
+}
 
 /// Calls the user's callable.
 pub(super) fn call0<'py>(callable: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-    // SAFETY: the same function and the same calling convention; only unwinding is no longer ruled out. `black_box`
-    // keeps the compiler from seeing that it is the function declared as never unwinding.
-    let call: CallNoArgs = unsafe {
-        std::mem::transmute::<*const (), CallNoArgs>(black_box(ffi::PyObject_CallNoArgs as *const ()))
-    };
+    let call = unwinding!(PyObject_CallNoArgs as CallNoArgs);
     // SAFETY: attached, since there is a `Bound`.
     let result = stop_unwinding(|| unsafe { call(callable.as_ptr()) });
     // SAFETY: a new reference, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(callable.py(), result) }
+}
+
+/// Calls what may be written in Python.
+pub(super) fn call<'py, const N: usize>(
+    callable: &Bound<'py, PyAny>,
+    arguments: [&Bound<'py, PyAny>; N],
+) -> PyResult<Bound<'py, PyAny>> {
+    let call = unwinding!(PyObject_Vectorcall as Vectorcall);
+    let arguments = arguments.map(Bound::as_ptr);
+    // SAFETY: attached; the arguments are borrowed for the call, and there are no keywords.
+    let result = stop_unwinding(|| unsafe { call(callable.as_ptr(), arguments.as_ptr(), N, null_mut()) });
+    // SAFETY: a new reference, or null with an exception set.
+    unsafe { Bound::from_owned_ptr_or_err(callable.py(), result) }
+}
+
+/// Calls a method that may be written in Python; its object is the first argument.
+pub(super) fn call_method<'py, const N: usize>(
+    name: &Bound<'py, PyString>,
+    arguments: [&Bound<'py, PyAny>; N],
+) -> PyResult<Bound<'py, PyAny>> {
+    const { assert!(N > 0, "a method has an object") };
+    let call = unwinding!(PyObject_VectorcallMethod as Vectorcall);
+    let arguments = arguments.map(Bound::as_ptr);
+    // SAFETY: as in `call`.
+    let result = stop_unwinding(|| unsafe { call(name.as_ptr(), arguments.as_ptr(), N, null_mut()) });
+    // SAFETY: a new reference, or null with an exception set.
+    unsafe { Bound::from_owned_ptr_or_err(name.py(), result) }
+}
+
+/// What `hash()` returns, as it is in memory.
+#[inline]
+pub(super) fn hash(object: &Bound<'_, PyAny>) -> PyResult<u64> {
+    let hash = unwinding!(PyObject_Hash as Hash);
+    // SAFETY: attached.
+    match stop_unwinding(|| unsafe { hash(object.as_ptr()) }) {
+        -1 => Err(PyErr::fetch(object.py())),
+        hash => Ok(hash.cast_unsigned() as u64),
+    }
+}
+
+/// Runs the handlers of signals that have come.
+pub(super) fn check_signals(py: Python<'_>) -> PyResult<()> {
+    let check = unwinding!(PyErr_CheckSignals as CheckSignals);
+    // SAFETY: attached, as `py` shows.
+    match stop_unwinding(|| unsafe { check() }) {
+        0 => Ok(()),
+        _ => Err(PyErr::fetch(py)),
+    }
+}
+
+// PyO3 has it since 0.30.
+unsafe extern "C" {
+    safe fn PyThread_get_thread_ident() -> std::ffi::c_ulong;
+}
+
+/// What `threading.get_ident()` returns.
+#[inline]
+#[allow(clippy::useless_conversion, reason = "it has 32 bits on Windows")]
+pub(super) fn thread_number() -> u64 {
+    PyThread_get_thread_ident().into()
 }
 
 /// Whether this is what calling an `async def` returns.
@@ -56,16 +125,16 @@ pub(super) fn is_coroutine(value: &Bound<'_, PyAny>) -> bool {
     unsafe { ffi::PyCoro_CheckExact(value.as_ptr()) != 0 }
 }
 
-/// The value of a context variable that has a default.
-pub(super) fn context_value<'py>(variable: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+/// The value of a context variable in the current context.
+pub(super) fn context_value<'py>(variable: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = variable.py();
     let mut value = null_mut();
     // SAFETY: attached; the type is checked by the call, and `value` is written when it succeeds.
     if unsafe { ffi::PyContextVar_Get(variable.as_ptr(), null_mut(), &raw mut value) } < 0 {
         return Err(PyErr::fetch(py));
     }
-    // SAFETY: a new reference, or null if there were no default.
-    Ok(unsafe { Bound::from_owned_ptr_or_opt(py, value) }.unwrap_or_else(|| py.None().into_bound(py)))
+    // SAFETY: a new reference, or null where there is no value.
+    Ok(unsafe { Bound::from_owned_ptr_or_opt(py, value) })
 }
 
 /// Whether an object can be part of a reference cycle, as its type tells; of a plain tuple, as its items tell, since
@@ -85,10 +154,7 @@ fn is_collected(object: &Bound<'_, PyAny>) -> bool {
 
 /// Runs `wait` while this thread is detached from the interpreter. `wait` must not touch any Python object.
 pub(super) fn detached<R>(_py: Python<'_>, wait: impl FnOnce() -> R) -> R {
-    // SAFETY: as in `call0`.
-    let restore: RestoreThread = unsafe {
-        std::mem::transmute::<*const (), RestoreThread>(black_box(ffi::PyEval_RestoreThread as *const ()))
-    };
+    let restore = unwinding!(PyEval_RestoreThread as RestoreThread);
     // SAFETY: attached, as `_py` shows.
     let state = unsafe { ffi::PyEval_SaveThread() };
     let result = catch_unwind(AssertUnwindSafe(wait));
@@ -113,12 +179,7 @@ pub(super) fn same_key(stored: &Py<PyAny>, wanted: &Py<PyAny>) -> PyResult<bool>
 }
 
 fn compare(stored: &Bound<'_, PyAny>, wanted: &Bound<'_, PyAny>) -> PyResult<bool> {
-    // SAFETY: as in `call0`.
-    let compare: RichCompareBool = unsafe {
-        std::mem::transmute::<*const (), RichCompareBool>(black_box(
-            ffi::PyObject_RichCompareBool as *const (),
-        ))
-    };
+    let compare = unwinding!(PyObject_RichCompareBool as RichCompareBool);
     // SAFETY: attached. The caller holds the one key, and the table's guard the flight that holds the other.
     match stop_unwinding(|| unsafe { compare(stored.as_ptr(), wanted.as_ptr(), ffi::Py_EQ) }) {
         -1 => Err(PyErr::fetch(stored.py())),

@@ -3,23 +3,35 @@
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
 
 /// Functions of the Python layer. The core knows them by these names only.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
 pub(super) struct Hooks {
     /// `(fn, coroutine) -> exception`: closes the coroutine; the error of a callable that threads cannot share.
     pub(super) refuse: Py<PyAny>,
-    /// `(coalescer, exception) -> (template, retain) | None`: how a failed call is shared; `None` for not at all.
+    /// `(exception, private_errors, error_ttl_seconds | None) -> (template, seconds | None) | None`: how a failed call is
+    /// shared and, where that is not fixed, how long it is retained; `None` for not shared at all.
     pub(super) settle: Py<PyAny>,
     /// `(template) -> exception`: a copy to raise.
     pub(super) copy_error: Py<PyAny>,
-    /// `(key) -> exception`: the error of a call that asks for its own key.
+    /// `(key, coalescer's name) -> exception`: the error of a call that asks for its own key.
     pub(super) recursive_error: Py<PyAny>,
+    /// The same of a caller that would close a circle of waits.
+    pub(super) deadlock_error: Py<PyAny>,
+    /// `(key, coalescer's name, timeout) -> exception`
+    pub(super) timeout_error: Py<PyAny>,
+    /// `(key, coalescer's name, in a task) -> exception`: the error of a waiter whose key was cancelled.
+    pub(super) cancelled_error: Py<PyAny>,
+    /// `(value, role, waiters, seconds) -> Outcome`
+    pub(super) outcome: Py<PyAny>,
+    /// `(key, coalescer's name, seconds) -> None`: logs a flight that is over age.
+    pub(super) report_over_age: Py<PyAny>,
     /// `(weak task) -> None`: cancels a call's task, from any thread.
     pub(super) cancel_call: Py<PyAny>,
     /// `(weak task) -> bool`: whether it can never finish.
     pub(super) call_is_lost: Py<PyAny>,
-    /// This module's own [`set_all_done`](super::family::set_all_done) as an object.
-    pub(super) set_all_done: Py<PyAny>,
 }
 
 static HOOKS: PyOnceLock<Hooks> = PyOnceLock::new();
@@ -32,22 +44,12 @@ impl Hooks {
     }
 }
 
-/// Installs the Python layer's functions; those given first stay.
+/// Installs the Python layer's functions; those given first stay, since a reload brings the same ones.
 #[pyfunction]
-#[pyo3(signature = (*, refuse, settle, copy_error, recursive_error, cancel_call, call_is_lost))]
-pub(super) fn _install(
-    py: Python<'_>,
-    refuse: Py<PyAny>,
-    settle: Py<PyAny>,
-    copy_error: Py<PyAny>,
-    recursive_error: Py<PyAny>,
-    cancel_call: Py<PyAny>,
-    call_is_lost: Py<PyAny>,
-) -> PyResult<()> {
-    let set_all_done = wrap_pyfunction!(super::family::set_all_done, py)?.into_any().unbind();
-    let hooks =
-        Hooks { refuse, settle, copy_error, recursive_error, cancel_call, call_is_lost, set_all_done };
-    // A second import (a reload) brings the same functions.
-    let _ = HOOKS.set(py, hooks);
+#[pyo3(signature = (**hooks))]
+pub(super) fn _install(py: Python<'_>, hooks: Option<&Bound<'_, PyDict>>) -> PyResult<()> {
+    if let Some(hooks) = hooks {
+        let _ = HOOKS.set(py, hooks.extract()?);
+    }
     Ok(())
 }

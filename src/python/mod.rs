@@ -4,16 +4,19 @@ mod coalescer;
 mod family;
 mod ffi;
 mod hooks;
+mod inside;
 mod key;
 mod options;
+mod retain;
 mod task;
+mod thread;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pyo3::prelude::*;
 
-use crate::{clock, expiry};
+use crate::{clock, expiry, fork};
 
 /// Ends the sweeper before the interpreter goes.
 #[pyfunction]
@@ -30,19 +33,29 @@ fn _advance_clock(seconds: &Bound<'_, PyAny>) -> PyResult<()> {
     Ok(())
 }
 
+/// Checks a number of seconds like any argument of that name.
+#[pyfunction]
+#[pyo3(signature = (name, value, /))]
+fn _check_seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    options::ttl(name, value).map(|ttl| ttl.seconds)
+}
+
 #[pymodule(gil_used = false)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<coalescer::Coalescer>()?;
-    module.add_class::<coalescer::ThreadCoalescer>()?;
+    module.add_class::<thread::ThreadCoalescer>()?;
+    module.add_class::<retain::Retain>()?;
     module.add_class::<task::Ticket>()?;
     module.add_class::<task::Token>()?;
     module.add_function(wrap_pyfunction!(hooks::_install, module)?)?;
     module.add_function(wrap_pyfunction!(_stop_sweeper, module)?)?;
     module.add_function(wrap_pyfunction!(_advance_clock, module)?)?;
+    module.add_function(wrap_pyfunction!(_check_seconds, module)?)?;
 
     key::seed();
+    fork::watch();
     // Where only one thread runs at a time, waking two at once makes them wait for each other.
     let parallel = match py.import("sys")?.getattr_opt("_is_gil_enabled")? {
         Some(enabled) => !enabled.call0()?.is_truthy()?,

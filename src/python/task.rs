@@ -1,17 +1,19 @@
-//! What tasks of event loops hold: tickets for callers, tokens for calls, and in their contexts the calls themselves.
+//! What tasks of event loops hold: tickets for callers, tokens for calls.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::PyWeakrefReference;
 
-use super::coalescer::Coalescer;
-use super::family::{Python3, Shared, TaskWaiter};
+use super::coalescer::{Answer, Coalescer, Request, Role, cancelled_error, timeout_error};
+use super::family::{Python3, TaskCall, TaskWaiter, check_interrupt};
 use super::ffi;
+use super::inside::Within;
+use super::options::Ttl;
+use crate::circle::Nested;
 use crate::flight::{Flight, Standing};
 use crate::map::{Lead, Map, Place};
 use crate::sync::Arc;
@@ -44,31 +46,47 @@ impl<T> Slot<T> {
 pub(super) struct Ticket {
     place: Slot<Place<Python3>>,
     lead: Slot<Lead<Python3>>,
+    nested: Slot<Nested>,
     loop_id: usize,
     future: Option<Py<PyAny>>,
+    finishes: bool,
+    request: Request,
 }
 
 impl Ticket {
-    pub(super) fn leading(lead: Lead<Python3>, loop_id: usize) -> Self {
-        let place = lead.seat_caller(loop_id);
-        Self { place: Slot::new(Some(place)), lead: Slot::new(Some(lead)), loop_id, future: None }
+    pub(super) fn leading(lead: Lead<Python3>, loop_id: usize, finishes: bool, request: Request) -> Self {
+        let place = lead.seat_caller(loop_id, finishes);
+        Self {
+            place: Slot::new(Some(place)),
+            lead: Slot::new(Some(lead)),
+            nested: Slot::new(None),
+            loop_id,
+            future: None,
+            finishes,
+            request,
+        }
     }
 
     /// `None` when the flight has ended meanwhile.
     pub(super) fn joining(
+        coalescer: &Coalescer,
         map: &Arc<Map<Python3>>,
         flight: &Arc<Flight<Python3>>,
         event_loop: &Bound<'_, PyAny>,
+        nested: Option<Nested>,
+        request: Request,
     ) -> PyResult<Option<Self>> {
-        let py = event_loop.py();
-        let future = event_loop.call_method0(intern!(py, "create_future"))?;
+        let future = ffi::call_method(intern!(event_loop.py(), "create_future"), [event_loop])?;
         let task = TaskWaiter { event_loop: event_loop.clone().unbind(), future: future.clone().unbind() };
         let loop_id = event_loop.as_ptr().addr();
         Ok(map.join(flight, loop_id, Wakeup::Task(task)).map(|place| Self {
             place: Slot::new(Some(place)),
             lead: Slot::new(None),
+            nested: Slot::new(nested),
             loop_id,
             future: Some(future.unbind()),
+            finishes: coalescer.finishes(),
+            request,
         }))
     }
 
@@ -94,7 +112,7 @@ impl Ticket {
     /// The lead, for the call's own task; once.
     fn token(&self, coalescer: Py<Coalescer>) -> PyResult<Token> {
         let lead = self.lead.take().ok_or_else(|| PyRuntimeError::new_err("the ticket does not lead"))?;
-        Ok(Token { lead: Slot::new(Some(lead)), coalescer })
+        Ok(Token { lead: Slot::new(Some(lead)), coalescer, ttl: self.request.ttl })
     }
 
     /// Lets the leader's caller wait with this future. False when there is nothing to wait for any more.
@@ -108,40 +126,77 @@ impl Ticket {
     /// The outcome for this caller. The ticket itself when it has to lead now, or (with `leads` false) to ask again.
     fn outcome<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
+        drop(this.nested.take());
         let place = this.take_place()?;
         match place.standing() {
             Standing::Landed => {
-                if !place.is_callers_own() {
+                let role = if place.is_callers_own() { Role::Leader } else { Role::Waiter };
+                let answer = place.outcome().map(|outcome| Answer::of(py, outcome, place.flight(), role));
+                if answer.is_some() {
                     place.count_joined();
+                } else {
+                    place.ask_again();
                 }
-                let shared = place.outcome().map(|outcome| outcome.share(py));
                 drop(place);
-                shared.map_or_else(|| Ok(slf.clone().into_any()), Shared::into_result)
+                answer.map_or_else(
+                    || Ok(slf.clone().into_any()),
+                    |answer| answer.into_result(py, this.request.detailed),
+                )
             }
             Standing::Offered => {
-                if let Some(lead) = place.take_lead() {
-                    this.place.put(lead.seat_caller(this.loop_id));
-                    this.lead.put(lead);
+                let lead = place.take_lead(ffi::thread_number());
+                match lead {
+                    Some(lead) => {
+                        this.place.put(lead.seat_caller(this.loop_id, this.finishes));
+                        this.lead.put(lead);
+                    }
+                    None => place.ask_again(),
                 }
                 Ok(slf.clone().into_any())
             }
-            Standing::Private | Standing::Cancelled => Err(cancelled(py)?),
-            Standing::Waiting | Standing::Withdrawn => Ok(slf.clone().into_any()),
+            Standing::Private | Standing::Cancelled => {
+                let key = place.flight().key().bind(py).clone();
+                let error = cancelled_error(place.map(), &key, true)?;
+                drop(place);
+                Err(error)
+            }
+            Standing::Waiting | Standing::Withdrawn => {
+                place.ask_again();
+                Ok(slf.clone().into_any())
+            }
         }
     }
 
     /// Gives up the place; the last one to go cancels the call.
-    fn leave(&self) {
+    fn leave(&self) -> PyResult<()> {
+        drop(self.nested.take());
         drop(self.lead.take());
         drop(self.place.take());
+        check_interrupt()
     }
 
-    // A ticket's waiter is its own, so what the waiter holds is visited here and nowhere else.
+    /// Gives up the place with a `TimeoutError`, unless there is something to read in this very moment.
+    fn time_out(&self, timeout: &Bound<'_, PyAny>) -> PyResult<()> {
+        let place = self.take_place()?;
+        if place.standing() != Standing::Waiting {
+            self.place.put(place);
+            return Ok(());
+        }
+        drop(self.nested.take());
+        place.count_timeout();
+        let key = place.flight().key().bind(timeout.py()).clone();
+        let error = timeout_error(place.map(), &key, timeout)?;
+        drop(place);
+        check_interrupt()?;
+        Err(error)
+    }
+
+    // While a flight is under way, it is the flight that holds what wakes the waiter.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.future)?;
         // Nobody is stopped while holding the lock; if it is held all the same, the next collection will do.
         let Ok(place) = self.place.0.try_lock() else { return Ok(()) };
-        match place.as_ref().and_then(|place| place.task()) {
+        match place.as_ref().and_then(|place| place.own_task()) {
             Some(task) => {
                 visit.call(&task.event_loop)?;
                 visit.call(&task.future)
@@ -151,16 +206,12 @@ impl Ticket {
     }
 }
 
-fn cancelled(py: Python<'_>) -> PyResult<PyErr> {
-    static CANCELLED: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    Ok(PyErr::from_value(CANCELLED.import(py, "asyncio", "CancelledError")?.call0()?))
-}
-
 /// The lead of a flight whose call runs in a task. Dropping it hands the flight over.
 #[pyclass(frozen, module = "llm_batch_coalesce._core")]
 pub(super) struct Token {
     lead: Slot<Lead<Python3>>,
     coalescer: Py<Coalescer>,
+    ttl: Option<Ttl>,
 }
 
 impl Token {
@@ -173,19 +224,16 @@ impl Token {
 impl Token {
     /// Marks the current context as that of this call.
     fn enter(&self, py: Python<'_>) -> PyResult<()> {
-        let own = self.lead.lock().as_ref().map(|lead| (Arc::downgrade(lead.flight()), lead.epoch()));
-        let current = Within::variable(py)?;
-        let outer = ffi::context_value(current)?;
-        // Calls that are over are left out: a job that starts itself again would else gather them for ever.
-        let outer = if outer.is_none() { Vec::new() } else { outer.cast::<Within>()?.get().under_way() };
-        let within = Within { calls: outer.into_iter().chain(own).collect() };
-        current.call_method1(intern!(py, "set"), (Bound::new(py, within)?,))?;
-        Ok(())
+        let lead = self.take()?;
+        let entered = Within::enter(py, &lead);
+        self.lead.put(lead);
+        entered
     }
 
-    /// Tells which task runs the call.
-    fn led_by(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
-        let call = PyWeakrefReference::new(task)?.into_any().unbind();
+    /// Tells which task runs the call, and whose call it is.
+    fn led_by(&self, task: &Bound<'_, PyAny>, caller: &Bound<'_, PyAny>) -> PyResult<()> {
+        let weakly = |task| PyWeakrefReference::new(task).map(|weak| weak.into_any().unbind());
+        let call = TaskCall { task: weakly(task)?, caller: weakly(caller)? };
         let lead = self.lead.take();
         if let Some(lead) = lead {
             lead.led_by(call);
@@ -196,19 +244,18 @@ impl Token {
 
     /// Shares the call's value.
     fn complete(&self, value: Bound<'_, PyAny>) -> PyResult<()> {
-        self.coalescer.get().complete(self.take()?, value);
-        Ok(())
+        self.coalescer.get().complete(self.take()?, value, self.ttl).map(drop)
     }
 
     /// Shares the call's error, if it is one to share. False when its own caller is gone and nobody else has it.
-    fn fail(&self, py: Python<'_>, error: &Bound<'_, PyAny>) -> PyResult<bool> {
-        Coalescer::settle_error(self.coalescer.bind(py), self.take()?, error)
+    fn fail(&self, error: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.coalescer.get().settle_error(self.take()?, error, self.ttl)
     }
 
     /// Ends the call without an outcome, since its task was cancelled: with its loop it takes the waiters there.
     fn lose_loop(&self) -> PyResult<()> {
         self.take()?.lose_loop();
-        Ok(())
+        check_interrupt()
     }
 
     /// For the task to call when it is done: one that was cancelled before it began has not ended its flight.
@@ -222,43 +269,5 @@ impl Token {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.coalescer)
-    }
-}
-
-/// In the context of a call's task and of all that it starts: the calls that it is part of, each a flight and the
-/// number of its lead.
-#[pyclass(frozen, module = "llm_batch_coalesce._core")]
-pub(super) struct Within {
-    calls: Vec<(Weak<Flight<Python3>>, u32)>,
-}
-
-impl Within {
-    fn variable(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
-        static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let current = CURRENT.get_or_try_init(py, || {
-            let kwargs = pyo3::types::PyDict::new(py);
-            kwargs.set_item("default", py.None())?;
-            let class = py.import("contextvars")?.getattr("ContextVar")?;
-            class.call(("llm_batch_coalesce_calls",), Some(&kwargs)).map(Bound::unbind)
-        })?;
-        Ok(current.bind(py))
-    }
-
-    fn under_way(&self) -> Vec<(Weak<Flight<Python3>>, u32)> {
-        let under_way = |(flight, epoch): &&(Weak<Flight<Python3>>, u32)| {
-            flight.upgrade().and_then(|flight| flight.epoch()) == Some(*epoch)
-        };
-        self.calls.iter().filter(under_way).cloned().collect()
-    }
-
-    /// Whether the current context belongs to the call that computes this flight.
-    pub(super) fn includes(py: Python<'_>, flight: &Arc<Flight<Python3>>) -> PyResult<bool> {
-        let current = ffi::context_value(Self::variable(py)?)?;
-        if current.is_none() {
-            return Ok(false);
-        }
-        let wanted = Arc::as_ptr(flight);
-        let calls = &current.cast::<Within>()?.get().calls;
-        Ok(calls.iter().any(|(own, epoch)| own.as_ptr() == wanted && flight.epoch() == Some(*epoch)))
     }
 }

@@ -4,7 +4,7 @@ use std::sync::mpsc::{self, TryRecvError};
 
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::flight::Standing;
-use llm_batch_coalesce::map::Map;
+use llm_batch_coalesce::map::{Map, Settings};
 
 use crate::support::{Outcome, Plain, contains, hit, join, lead, read};
 
@@ -12,7 +12,7 @@ const KEY: u64 = 7;
 
 #[test]
 fn what_was_retained_is_dropped() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let (sender, dropped) = mpsc::channel();
     for key in 0..100 {
         assert!(lead(&map, key).complete(Outcome::watched(key, &sender), FOREVER, false));
@@ -26,7 +26,7 @@ fn what_was_retained_is_dropped() {
 
 #[test]
 fn a_flight_that_was_cleared_lands_but_is_not_retained() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let (sender, dropped) = mpsc::channel();
     let leads = lead(&map, KEY);
     let waiter = join(&map, KEY);
@@ -42,7 +42,7 @@ fn a_flight_that_was_cleared_lands_but_is_not_retained() {
 
 #[test]
 fn a_cleared_flight_does_not_touch_a_newer_one_under_way() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let old = lead(&map, KEY);
     map.clear();
     let new = lead(&map, KEY);
@@ -55,7 +55,7 @@ fn a_cleared_flight_does_not_touch_a_newer_one_under_way() {
 
 #[test]
 fn a_cleared_flight_does_not_touch_a_newer_one_that_is_retained() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let (landing, dropped) = (lead(&map, KEY), lead(&map, KEY + 1));
     map.clear();
     for key in [KEY, KEY + 1] {
@@ -69,12 +69,12 @@ fn a_cleared_flight_does_not_touch_a_newer_one_that_is_retained() {
 
 #[test]
 fn a_cleared_flight_is_still_handed_over() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     let (heir, waiter) = (join(&map, KEY), join(&map, KEY));
     map.clear();
     drop(leads);
-    let leads = heir.take_lead().expect("it was offered");
+    let leads = heir.take_lead(0).expect("it was offered");
     assert!(leads.complete(Outcome::new(2), FOREVER, false));
     assert_eq!((read(&waiter), hit(&map, KEY), map.keys()), (2, None, 0));
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::flight::{Flight, Standing};
-use llm_batch_coalesce::map::{Lead, Map, Place};
+use llm_batch_coalesce::map::{Lead, Map, Place, Settings};
 use llm_batch_coalesce::stats::Stats;
 use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Wakeup};
 
@@ -64,7 +64,7 @@ impl Crowd<'_> {
     fn call(&mut self, lead: Lead<Plain>, roll: u64) {
         let mut caller = None;
         if roll > 0 {
-            let place = lead.seat_caller(self.loop_id(roll));
+            let place = lead.seat_caller(self.loop_id(roll), false);
             lead.led_by(Call::new());
             caller = (self.dice.roll(4) > 0).then_some(place);
         }
@@ -99,7 +99,7 @@ impl Crowd<'_> {
                 assert!(place.outcome().is_some());
                 place.count_joined();
             }
-            Standing::Offered => match place.take_lead() {
+            Standing::Offered => match place.take_lead(0) {
                 Some(lead) => self.call(lead, roll),
                 None => return false,
             },
@@ -134,7 +134,7 @@ fn every_request_is_counted_once_and_every_outcome_dropped_once() {
     const REQUESTS: u64 = 5000;
     in_time(|| {
         let _clock = Clock::hold();
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let (made, uncounted) = (AtomicU64::new(0), Uncounted::default());
         let (sender, dropped) = mpsc::channel();
         thread::scope(|scope| {
@@ -171,14 +171,14 @@ fn every_request_is_counted_once_and_every_outcome_dropped_once() {
 
 #[test]
 fn nothing_is_counted_before_anybody_asks() {
-    assert_eq!(Map::<Plain>::new().stats(), Stats::default());
+    assert_eq!(Map::<Plain>::new(Settings::default()).stats(), Stats::default());
 }
 
 #[test]
 fn hits_of_many_threads_add_up() {
     const THREADS: u64 = 32;
     in_time(|| {
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         assert!(lead(&map, 1).complete(Outcome::new(1), FOREVER, false));
         // Waves, so that threads take over what others have left behind.
         for _ in 0..4 {

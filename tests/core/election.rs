@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use llm_batch_coalesce::clock::{FOREVER, Nanos};
 use llm_batch_coalesce::flight::Standing;
-use llm_batch_coalesce::map::Map;
+use llm_batch_coalesce::map::{Map, Settings};
 
 use crate::support::{Outcome, Plain, Served, in_time, join, lead, read, request};
 
@@ -18,7 +18,7 @@ fn exactly_one_caller_leads_each_flight() {
     const THREADS: u64 = 4;
     const ROUNDS: u64 = 300;
     let stats = in_time(|| {
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let barrier = Barrier::new(4);
         let leaders = AtomicU64::new(0);
         thread::scope(|scope| {
@@ -49,7 +49,7 @@ fn exactly_one_caller_leads_each_flight() {
 fn all_who_wait_are_woken<const FAN: usize>(ttl: Nanos) {
     const WAITERS: usize = 16;
     in_time(move || {
-        let map = Map::<Plain<FAN>>::new();
+        let map = Map::<Plain<FAN>>::new(Settings::default());
         let lead = lead(&map, KEY);
         let joined = Barrier::new(WAITERS + 1);
         let values: Vec<u64> = thread::scope(|scope| {
@@ -86,7 +86,7 @@ fn all_who_wait_are_woken_though_nothing_is_retained() {
 
 #[test]
 fn a_waiter_that_has_waited_long_enough_goes_alone() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let lead = lead(&map, KEY);
     let (patient, hasty) = (join(&map, KEY), join(&map, KEY));
     assert_eq!(lead.flight().waiters(), 2);
@@ -99,7 +99,7 @@ fn a_waiter_that_has_waited_long_enough_goes_alone() {
 
 #[test]
 fn keys_do_not_wait_for_each_other() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads: Vec<_> = (0..1000).map(|key| lead(&map, key)).collect();
     assert_eq!((map.keys(), map.stats().in_flight), (1000, 1000));
     for (value, lead) in (0..).zip(leads) {

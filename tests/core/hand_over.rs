@@ -6,7 +6,7 @@ use std::thread;
 
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::flight::{Standing, State};
-use llm_batch_coalesce::map::Map;
+use llm_batch_coalesce::map::{Map, Settings};
 
 use crate::support::{Outcome, Plain, contains, hit, in_time, join, lead, read};
 
@@ -14,21 +14,21 @@ const KEY: u64 = 7;
 
 #[test]
 fn a_dropped_lead_goes_to_the_first_waiter() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     let waiters = [(); 3].map(|()| join(&map, KEY));
     let standings = || waiters.each_ref().map(|place| place.standing());
-    assert!(waiters[0].take_lead().is_none(), "a lead that was not offered");
+    assert!(waiters[0].take_lead(0).is_none(), "a lead that was not offered");
 
     drop(leads);
     assert_eq!(standings(), [Standing::Offered, Standing::Waiting, Standing::Waiting]);
-    assert!(waiters[1].take_lead().is_none(), "a lead that was offered to another");
+    assert!(waiters[1].take_lead(0).is_none(), "a lead that was offered to another");
 
-    drop(waiters[0].take_lead().expect("it was offered"));
-    assert!(waiters[0].take_lead().is_none(), "a lead that was taken before");
+    drop(waiters[0].take_lead(0).expect("it was offered"));
+    assert!(waiters[0].take_lead(0).is_none(), "a lead that was taken before");
     assert_eq!(standings(), [Standing::Private, Standing::Offered, Standing::Waiting]);
 
-    let lead = waiters[1].take_lead().expect("it was offered");
+    let lead = waiters[1].take_lead(0).expect("it was offered");
     assert!(lead.complete(Outcome::new(2), FOREVER, false));
     assert_eq!(read(&waiters[2]), 2);
     assert_eq!(hit(&map, KEY), Some(2));
@@ -37,7 +37,7 @@ fn a_dropped_lead_goes_to_the_first_waiter() {
 
 #[test]
 fn a_waiter_that_leaves_with_the_offer_passes_it_on() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     let (first, second) = (join(&map, KEY), join(&map, KEY));
     drop(leads);
@@ -50,7 +50,7 @@ fn a_waiter_that_leaves_with_the_offer_passes_it_on() {
 
 #[test]
 fn a_dropped_lead_without_waiters_ends_the_flight() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     let flight = leads.flight().clone();
     drop(join(&map, KEY));
@@ -62,7 +62,7 @@ fn a_dropped_lead_without_waiters_ends_the_flight() {
 
 #[test]
 fn a_leader_that_panics_hands_over() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     let waiter = join(&map, KEY);
     let panic = catch_unwind(AssertUnwindSafe(|| {
@@ -76,7 +76,7 @@ fn a_leader_that_panics_hands_over() {
 #[test]
 fn a_blocked_thread_wakes_up_to_lead() {
     in_time(|| {
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let leads = lead(&map, KEY);
         let joined = Barrier::new(3);
         thread::scope(|scope| {
@@ -85,7 +85,7 @@ fn a_blocked_thread_wakes_up_to_lead() {
                     let place = join(&map, KEY);
                     joined.wait();
                     if place.wait(None) == Standing::Offered {
-                        let lead = place.take_lead().expect("it was offered");
+                        let lead = place.take_lead(0).expect("it was offered");
                         assert!(lead.complete(Outcome::new(2), 0, false));
                     } else {
                         assert_eq!(read(&place), 2);
@@ -101,7 +101,7 @@ fn a_blocked_thread_wakes_up_to_lead() {
 
 #[test]
 fn an_abandoned_call_counts_as_an_error_only_if_it_failed() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     assert!(!lead(&map, KEY).abandon(false), "no caller had a seat");
     assert_eq!(map.stats().errors, 0);
     assert!(!lead(&map, KEY).abandon(true), "no caller had a seat");

@@ -7,9 +7,9 @@ use std::thread;
 
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::family::Family;
-use llm_batch_coalesce::map::{Found, Lead, Map};
+use llm_batch_coalesce::map::{Found, Lead, Map, Settings};
 use llm_batch_coalesce::stats::Stats;
-use llm_batch_coalesce::waiter::{NO_LOOP, Waiter};
+use llm_batch_coalesce::waiter::{NO_LOOP, Origin, Waiter};
 
 use crate::support::{eventually, in_time};
 
@@ -111,13 +111,17 @@ impl Family for Odd {
 
     fn cancel_call((): ()) {}
 
+    fn task_is_lost((): &()) -> bool {
+        false
+    }
+
     fn call_is_lost((): &()) -> bool {
         false
     }
 }
 
 fn find(map: &Map<Odd>, key: &Key) -> Result<Found<Odd, u64>, Incomparable> {
-    map.find(HASH, key, |outcome| **outcome)
+    map.find(HASH, key, |outcome, _| **outcome)
 }
 
 fn hit(map: &Map<Odd>, key: &Key) -> Result<Option<u64>, Incomparable> {
@@ -125,7 +129,7 @@ fn hit(map: &Map<Odd>, key: &Key) -> Result<Option<u64>, Incomparable> {
 }
 
 fn claim(map: &Arc<Map<Odd>>, key: &Key) -> Result<Option<Lead<Odd>>, Incomparable> {
-    map.claim(HASH, key.clone(), NO_LOOP)
+    map.claim(HASH, key.clone(), Origin { loop_id: NO_LOOP, thread: 0 })
 }
 
 fn lead(map: &Arc<Map<Odd>>, key: &Key) -> Lead<Odd> {
@@ -135,7 +139,7 @@ fn lead(map: &Arc<Map<Odd>>, key: &Key) -> Lead<Odd> {
 #[test]
 fn a_thousand_keys_may_share_a_hash() {
     in_time(|| {
-        let map = Map::<Odd>::new();
+        let map = Map::<Odd>::new(Settings::default());
         for _ in 0..2 {
             let leads: Vec<_> = (0..1000).map(|number| lead(&map, &Key::plain(number))).collect();
             assert_eq!((map.keys(), map.stats().in_flight), (1000, 1000));
@@ -161,7 +165,7 @@ fn a_thousand_keys_may_share_a_hash() {
 #[test]
 fn threads_that_share_only_a_hash_do_not_disturb_each_other() {
     in_time(|| {
-        let map = Map::<Odd>::new();
+        let map = Map::<Odd>::new(Settings::default());
         thread::scope(|scope| {
             for start in [0, 100, 200, 300] {
                 let map = &map;
@@ -183,7 +187,7 @@ fn threads_that_share_only_a_hash_do_not_disturb_each_other() {
 
 #[test]
 fn a_key_that_cannot_be_compared_changes_nothing() {
-    let map = Map::<Odd>::new();
+    let map = Map::<Odd>::new(Settings::default());
     assert!(lead(&map, &Key::plain(1)).complete(Arc::new(1), FOREVER, false));
     let leads = lead(&map, &Key::plain(2));
     let before = map.stats();
@@ -204,7 +208,7 @@ fn a_key_that_cannot_be_compared_changes_nothing() {
 
 #[test]
 fn a_stored_key_that_cannot_be_compared_any_more_can_be_removed() {
-    let map = Map::<Odd>::new();
+    let map = Map::<Odd>::new(Settings::default());
     let leads = lead(&map, &Key::fails(1, 0));
     assert!(matches!(claim(&map, &Key::plain(2)), Err(Incomparable)));
     drop(leads);
@@ -218,7 +222,7 @@ fn a_stored_key_that_cannot_be_compared_any_more_can_be_removed() {
 fn a_key_may_ask_the_map_while_it_is_compared() {
     in_time(|| {
         const KEYS: u64 = 40;
-        let map = Map::<Odd>::new();
+        let map = Map::<Odd>::new(Settings::default());
         thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
@@ -245,7 +249,7 @@ fn a_key_may_ask_the_map_while_it_is_compared() {
 #[test]
 fn what_is_removed_under_a_reader_is_dropped_when_that_is_done() {
     in_time(|| {
-        let map = Map::<Odd>::new();
+        let map = Map::<Odd>::new(Settings::default());
         let (outcome, meeting) = (Arc::new(1), Arc::new(Barrier::new(2)));
         assert!(lead(&map, &Key::plain(1)).complete(Arc::clone(&outcome), FOREVER, false));
         thread::scope(|scope| {

@@ -4,7 +4,7 @@ use std::sync::mpsc::{self, TryRecvError};
 
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::flight::State;
-use llm_batch_coalesce::map::Map;
+use llm_batch_coalesce::map::{Map, Settings};
 
 use crate::support::{Clock, Outcome, Plain, SECOND, contains, hit, in_time, join, lead, read};
 
@@ -13,7 +13,7 @@ const YEAR: u64 = 31_557_600 * SECOND;
 
 #[test]
 fn without_a_ttl_an_outcome_is_for_those_in_flight() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let (sender, dropped) = mpsc::channel();
     let leads = lead(&map, KEY);
     let (first, second) = (join(&map, KEY), join(&map, KEY));
@@ -32,7 +32,7 @@ fn without_a_ttl_an_outcome_is_for_those_in_flight() {
 
 #[test]
 fn without_a_ttl_and_waiters_an_outcome_is_dropped_at_once() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let (sender, dropped) = mpsc::channel();
     let leads = lead(&map, KEY);
     drop(join(&map, KEY));
@@ -43,7 +43,7 @@ fn without_a_ttl_and_waiters_an_outcome_is_dropped_at_once() {
 #[test]
 fn an_outcome_with_a_ttl_outlives_its_waiters() {
     let _clock = Clock::hold();
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let (sender, dropped) = mpsc::channel();
     let leads = lead(&map, KEY);
     let waiter = join(&map, KEY);
@@ -56,7 +56,7 @@ fn an_outcome_with_a_ttl_outlives_its_waiters() {
 #[test]
 fn forever_is_longer_than_any_ttl() {
     let clock = Clock::hold();
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     assert!(lead(&map, KEY).complete(Outcome::new(1), FOREVER, false));
     assert!(lead(&map, KEY + 1).complete(Outcome::new(1), FOREVER - 1, false));
     clock.advance(YEAR);
@@ -67,7 +67,7 @@ fn forever_is_longer_than_any_ttl() {
 fn the_ttl_runs_from_completion() {
     in_time(|| {
         let clock = Clock::hold();
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let (sender, dropped) = mpsc::channel();
         let leads = lead(&map, KEY);
         clock.advance(3600 * SECOND);
@@ -88,7 +88,7 @@ fn the_ttl_runs_from_completion() {
 fn who_counts_the_keys_counts_no_expired_ones() {
     in_time(|| {
         let clock = Clock::hold();
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let (sender, dropped) = mpsc::channel();
         for key in 0..100 {
             let ttl = if key < 90 { 3600 * SECOND } else { FOREVER };
@@ -108,7 +108,7 @@ fn who_counts_the_keys_counts_no_expired_ones() {
 fn expired_outcomes_are_dropped_though_nobody_calls() {
     in_time(|| {
         let _clock = Clock::hold();
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let (sender, dropped) = mpsc::channel();
         // More than the sweeper takes in one go, some of them due at once and some a little later.
         for key in 0..2500 {
@@ -126,7 +126,7 @@ fn expired_outcomes_are_dropped_though_nobody_calls() {
 fn a_short_ttl_is_not_overslept_because_of_a_long_one() {
     in_time(|| {
         let _clock = Clock::hold();
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let (sender, dropped) = mpsc::channel();
         assert!(lead(&map, 1).complete(Outcome::watched(1, &sender), YEAR, false));
         assert!(lead(&map, 2).complete(Outcome::watched(2, &sender), 1, false));
@@ -139,7 +139,7 @@ fn a_short_ttl_is_not_overslept_because_of_a_long_one() {
 fn a_map_that_is_dropped_drops_what_it_retains() {
     in_time(|| {
         let _clock = Clock::hold();
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let (sender, dropped) = mpsc::channel();
         for key in 0..100 {
             let ttl = if key % 2 == 0 { FOREVER } else { YEAR };

@@ -12,7 +12,7 @@ use llm_batch_coalesce::clock::{self, Nanos};
 use llm_batch_coalesce::family::Family;
 use llm_batch_coalesce::flight::{Flight, Standing};
 use llm_batch_coalesce::map::{Found, Lead, Map, Place};
-use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Waiter, Wakeup};
+use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Origin, Waiter, Wakeup};
 
 pub(crate) const SECOND: Nanos = 1_000_000_000;
 
@@ -180,6 +180,10 @@ impl<const FAN: usize> Family for Plain<FAN> {
         assert!(!call.cancelled.swap(true, SeqCst), "a call was cancelled twice");
     }
 
+    fn task_is_lost(_: &Self::Task) -> bool {
+        false
+    }
+
     fn call_is_lost(call: &Arc<Call>) -> bool {
         call.lost.load(SeqCst)
     }
@@ -211,7 +215,7 @@ pub(crate) fn turn_on<const FAN: usize>(
             Found::Hit(value) => return Turn::Hit(value),
             Found::Pending(flight) => return Turn::Join(flight),
             Found::Nothing => {
-                let Ok(lead) = map.claim(hash(key), key, loop_id);
+                let Ok(lead) = map.claim(hash(key), key, Origin { loop_id, thread: 0 });
                 if let Some(lead) = lead {
                     return Turn::Lead(lead);
                 }
@@ -221,7 +225,7 @@ pub(crate) fn turn_on<const FAN: usize>(
 }
 
 fn find<const FAN: usize>(map: &Map<Plain<FAN>>, key: u64) -> Found<Plain<FAN>, u64> {
-    let Ok(found) = map.find(hash(key), &key, |outcome| outcome.value);
+    let Ok(found) = map.find(hash(key), &key, |outcome, _| outcome.value);
     found
 }
 
@@ -309,7 +313,7 @@ pub(crate) fn request<const FAN: usize>(
                         return Served::Joined(read(&place));
                     }
                     Standing::Offered => {
-                        call(place.take_lead().expect("it was offered to this thread"));
+                        call(place.take_lead(0).expect("it was offered to this thread"));
                         return Served::Led;
                     }
                     other => panic!("a waiting thread became {other:?}"),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::expiry;
 use llm_batch_coalesce::flight::{Flight, Standing, State};
-use llm_batch_coalesce::map::{Lead, Map, Place};
+use llm_batch_coalesce::map::{Lead, Map, Place, Settings};
 use llm_batch_coalesce::waiter::{NO_LOOP, Wakeup};
 
 use crate::support::{
@@ -26,7 +26,7 @@ struct Led {
 
 fn lead_on_loop_1(map: &Arc<Map<Plain>>, tasks: &Tasks) -> Led {
     let lead = lead_on(map, KEY, 1);
-    let caller = lead.seat_caller(1);
+    let caller = lead.seat_caller(1, false);
     let call = Call::new();
     lead.led_by(Arc::clone(&call));
     assert!(caller.wait_with(tasks.task(CALLER)));
@@ -39,7 +39,7 @@ fn standings<const N: usize>(places: [&Place<Plain>; N]) -> [Standing; N] {
 
 #[test]
 fn completion_wakes_every_task_once() {
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     let near = join_as(&map, KEY, 1, tasks.task(1));
     let far = join_as(&map, KEY, 2, tasks.task(2));
@@ -54,15 +54,15 @@ fn completion_wakes_every_task_once() {
 
 #[test]
 fn a_caller_whose_call_has_ended_has_nothing_to_wait_for() {
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let leads = lead_on(&map, KEY, 1);
-    let caller = leads.seat_caller(1);
+    let caller = leads.seat_caller(1, false);
     assert!(leads.complete(Outcome::new(1), 0, false));
     assert!(!caller.wait_with(tasks.task(CALLER)));
     assert_eq!((read(&caller), tasks.woken()), (1, vec![]));
 
     let leads = lead_on(&map, KEY, 1);
-    let caller = leads.seat_caller(1);
+    let caller = leads.seat_caller(1, false);
     assert!(leads.abandon(false), "its caller has a seat");
     assert!(!caller.wait_with(tasks.task(CALLER)));
     assert_eq!((caller.standing(), tasks.woken()), (Standing::Private, vec![]));
@@ -70,7 +70,7 @@ fn a_caller_whose_call_has_ended_has_nothing_to_wait_for() {
 
 #[test]
 fn a_call_whose_caller_is_gone_cannot_be_abandoned_to_it() {
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     let heir = join(&map, KEY);
     drop(led.caller);
@@ -81,7 +81,7 @@ fn a_call_whose_caller_is_gone_cannot_be_abandoned_to_it() {
 #[test]
 fn a_task_that_takes_the_lead_gets_a_callers_seat() {
     let _clock = Clock::hold();
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     let heir = join_as(&map, KEY, 2, tasks.task(1));
     let waiter = join_as(&map, KEY, 1, tasks.task(2));
@@ -89,9 +89,9 @@ fn a_task_that_takes_the_lead_gets_a_callers_seat() {
     assert_eq!(tasks.woken(), [CALLER, 1]);
     assert_eq!(led.caller.standing(), Standing::Private);
 
-    let leads = heir.take_lead().expect("it was offered");
+    let leads = heir.take_lead(0).expect("it was offered");
     let call = Call::new();
-    let caller = leads.seat_caller(2);
+    let caller = leads.seat_caller(2, false);
     leads.led_by(Arc::clone(&call));
     drop(heir);
     assert!(caller.wait_with(tasks.task(1)));
@@ -102,7 +102,7 @@ fn a_task_that_takes_the_lead_gets_a_callers_seat() {
 
 #[test]
 fn the_last_to_leave_cancels_the_call() {
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     let flight: Arc<Flight<Plain>> = Arc::clone(led.lead.flight());
     let waiter = join_as(&map, KEY, 2, tasks.task(1));
@@ -123,7 +123,7 @@ fn the_last_to_leave_cancels_the_call() {
 
 #[test]
 fn a_call_without_a_task_goes_on_without_callers() {
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     drop(join(&map, KEY));
     assert!(leads.complete(Outcome::new(1), FOREVER, false));
@@ -133,7 +133,7 @@ fn a_call_without_a_task_goes_on_without_callers() {
 #[test]
 fn a_lost_loop_takes_its_own_waiters_along() {
     let _clock = Clock::hold();
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     let (near, heir) = (join_as(&map, KEY, 1, tasks.task(1)), join_as(&map, KEY, 2, tasks.task(2)));
     let (nearer, far) = (join_as(&map, KEY, 1, tasks.task(3)), join_as(&map, KEY, 3, tasks.task(4)));
@@ -143,7 +143,7 @@ fn a_lost_loop_takes_its_own_waiters_along() {
     assert_eq!(standings([&heir, &far]), [Standing::Offered, Standing::Waiting]);
     // Those that were cancelled may go whenever they like.
     drop((led.caller, near, nearer));
-    let leads = heir.take_lead().expect("it was offered");
+    let leads = heir.take_lead(0).expect("it was offered");
     assert!(leads.complete(Outcome::new(2), 0, false));
     assert_eq!((read(&far), tasks.woken()), (2, vec![4]));
     assert!(!led.call.cancelled());
@@ -151,7 +151,7 @@ fn a_lost_loop_takes_its_own_waiters_along() {
 
 #[test]
 fn a_lost_loop_without_waiters_elsewhere_ends_the_flight() {
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     let near = join_as(&map, KEY, 1, tasks.task(1));
     led.lead.lose_loop();
@@ -161,7 +161,7 @@ fn a_lost_loop_without_waiters_elsewhere_ends_the_flight() {
 
 #[test]
 fn who_joins_on_the_leaders_loop_does_not_ask_whether_it_runs() {
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     led.call.lose();
     let near = join_as(&map, KEY, 1, tasks.task(1));
@@ -171,7 +171,7 @@ fn who_joins_on_the_leaders_loop_does_not_ask_whether_it_runs() {
 #[test]
 fn who_joins_from_elsewhere_finds_out_that_a_call_is_lost() {
     in_time(|| {
-        let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+        let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
         let led = lead_on_loop_1(&map, &tasks);
         let (near, heir) = (join_as(&map, KEY, 1, tasks.task(1)), join(&map, KEY));
         led.call.lose();
@@ -185,12 +185,12 @@ fn who_joins_from_elsewhere_finds_out_that_a_call_is_lost() {
 #[test]
 fn who_alone_joins_a_lost_call_leads() {
     let _clock = Clock::hold();
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     led.call.lose();
     let place = map.join(led.lead.flight(), NO_LOOP, Wakeup::this_thread());
     let leads = match &place {
-        Some(place) => place.take_lead().expect("nobody else is there"),
+        Some(place) => place.take_lead(0).expect("nobody else is there"),
         None => lead(&map, KEY),
     };
     assert!(leads.complete(Outcome::new(2), FOREVER, false));
@@ -203,7 +203,7 @@ fn who_alone_joins_a_lost_call_leads() {
 fn the_sweeper_finds_out_that_a_call_is_lost() {
     in_time(|| {
         let _clock = Clock::hold();
-        let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+        let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
         let led = lead_on_loop_1(&map, &tasks);
         let heir = join_as(&map, KEY, 2, tasks.task(1));
         led.call.lose();
@@ -219,10 +219,10 @@ fn the_sweeper_finds_out_that_a_call_is_lost() {
 #[test]
 fn the_sweeper_looks_after_who_joined_before_the_call_was_known() {
     in_time(|| {
-        let map = Map::<Plain>::new();
+        let map = Map::<Plain>::new(Settings::default());
         let leads = lead_on(&map, KEY, 1);
         let heir = join(&map, KEY);
-        let caller = leads.seat_caller(1);
+        let caller = leads.seat_caller(1, false);
         let call = Call::new();
         leads.led_by(Arc::clone(&call));
         call.lose();
@@ -236,7 +236,7 @@ fn the_sweeper_looks_after_who_joined_before_the_call_was_known() {
 #[test]
 fn the_sweeper_does_not_look_after_what_needs_no_look() {
     in_time(|| {
-        let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+        let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
         let led = lead_on_loop_1(&map, &tasks);
         let near = join_as(&map, KEY, 1, tasks.task(1));
         assert!(!map.tick(), "all are on the leader's loop");
@@ -253,7 +253,7 @@ fn the_sweeper_does_not_look_after_what_needs_no_look() {
 fn an_offer_that_no_task_takes_is_withdrawn_after_a_second() {
     in_time(|| {
         let clock = Clock::hold();
-        let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+        let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
         let leads = lead(&map, KEY);
         let stuck = join_as(&map, KEY, 1, tasks.task(1));
         let heir = join_as(&map, KEY, 2, tasks.task(2));
@@ -266,8 +266,8 @@ fn an_offer_that_no_task_takes_is_withdrawn_after_a_second() {
         expiry::wake_now();
         assert_eq!(tasks.next(), 2);
         assert_eq!(standings([&stuck, &heir]), [Standing::Withdrawn, Standing::Offered]);
-        assert!(stuck.take_lead().is_none());
-        let leads = heir.take_lead().expect("it was offered");
+        assert!(stuck.take_lead(0).is_none());
+        let leads = heir.take_lead(0).expect("it was offered");
         assert!(leads.complete(Outcome::new(2), FOREVER, false));
         // It was told to ask again.
         assert_eq!((stuck.outcome().is_none(), hit(&map, KEY)), (true, Some(2)));
@@ -278,7 +278,7 @@ fn an_offer_that_no_task_takes_is_withdrawn_after_a_second() {
 fn an_offer_that_the_last_task_does_not_take_ends_the_flight() {
     in_time(|| {
         let clock = Clock::hold();
-        let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+        let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
         let leads = lead(&map, KEY);
         let stuck = join_as(&map, KEY, 1, tasks.task(1));
         drop(leads);
@@ -294,19 +294,19 @@ fn an_offer_that_the_last_task_does_not_take_ends_the_flight() {
 #[test]
 fn an_offer_to_a_thread_stands() {
     let clock = Clock::hold();
-    let map = Map::<Plain>::new();
+    let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     let heir = join(&map, KEY);
     drop(leads);
     clock.advance(3600 * SECOND);
     assert!(!map.tick());
-    assert!(heir.take_lead().is_some());
+    assert!(heir.take_lead(0).is_some());
 }
 
 #[test]
 fn a_task_that_leaves_with_the_offer_passes_it_on() {
     let _clock = Clock::hold();
-    let (map, tasks) = (Map::<Plain>::new(), Tasks::new());
+    let (map, tasks) = (Map::<Plain>::new(Settings::default()), Tasks::new());
     let led = lead_on_loop_1(&map, &tasks);
     let first = join_as(&map, KEY, 2, tasks.task(1));
     let second = join_as(&map, KEY, 1, tasks.task(2));

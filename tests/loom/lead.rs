@@ -13,7 +13,7 @@ fn a_call_that_completes_while_its_loop_is_found_closed_counts_once() {
     loom::model(|| {
         let map = new_map();
         let leads = lead_on(&map, LOOP);
-        let caller = leads.seat_caller(LOOP);
+        let caller = leads.seat_caller(LOOP, false);
         let call = Arc::new(FakeCall::default());
         leads.led_by(Arc::clone(&call));
         call.lose();
@@ -38,14 +38,14 @@ fn a_lead_that_was_taken_away_does_not_end_the_next_ones_flight() {
         let map = new_map();
         let stale = lead_on(&map, LOOP);
         let call = Arc::new(FakeCall::default());
-        let caller = stale.seat_caller(LOOP);
+        let caller = stale.seat_caller(LOOP, false);
         stale.led_by(Arc::clone(&call));
         let heir = join_as_task(&map, stale.flight()).expect("it is pending");
         call.lose();
         // From elsewhere: finds the loop closed, so `heir` is offered the lead.
         assert!(join_as_task(&map, stale.flight()).is_some());
         let other = thread::spawn(move || {
-            let new = heir.take_lead().expect("it was offered");
+            let new = heir.take_lead(0).expect("it was offered");
             assert!(new.complete(Arc::new(2), FOREVER, false));
         });
         assert!(!stale.complete(Arc::new(1), FOREVER, false));
@@ -61,7 +61,7 @@ fn who_joins_while_the_last_caller_leaves_is_in_a_living_call_or_leads() {
     loom::model(|| {
         let map = new_map();
         let leads = lead_on(&map, LOOP);
-        let caller = leads.seat_caller(LOOP);
+        let caller = leads.seat_caller(LOOP, false);
         let call = Arc::new(FakeCall::default());
         leads.led_by(Arc::clone(&call));
         let other = {
@@ -89,7 +89,7 @@ fn a_lead_that_was_taken_away_is_no_longer_there_to_be_handed_over() {
         call.lose();
         let waiter = join_as_task(&map, stale.flight()).expect("it is pending");
         let other = thread::spawn(move || {
-            let new = heir.take_lead().expect("it was offered");
+            let new = heir.take_lead(0).expect("it was offered");
             assert!(new.complete(Arc::new(2), FOREVER, false));
         });
         drop(stale);

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use llm_batch_coalesce::clock::Nanos;
 use llm_batch_coalesce::family::Family;
 use llm_batch_coalesce::flight::{Flight, Standing};
-use llm_batch_coalesce::map::{Found, Lead, Map, Place};
-use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Waiter, Wakeup};
+use llm_batch_coalesce::map::{Found, Lead, Map, Place, Settings};
+use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Origin, Waiter, Wakeup};
 
 pub(crate) const KEY: u64 = 1;
 pub(crate) const LOOP: usize = 1;
@@ -58,13 +58,17 @@ impl Family for Plain {
         call.cancelled.store(true, SeqCst);
     }
 
+    fn task_is_lost(_: &Self::Task) -> bool {
+        false
+    }
+
     fn call_is_lost(call: &Arc<FakeCall>) -> bool {
         call.lost.load(SeqCst)
     }
 }
 
 pub(crate) fn new_map() -> Arc<Map<Plain>> {
-    Map::with_shards(1)
+    Map::with_shards(1, Settings::default())
 }
 
 /// What a request has to do next.
@@ -84,7 +88,7 @@ fn turn_on(map: &Arc<Map<Plain>>, loop_id: LoopId) -> Turn {
             Found::Hit(value) => return Turn::Hit(value),
             Found::Pending(flight) => return Turn::Join(flight),
             Found::Nothing => {
-                let Ok(lead) = map.claim(KEY, KEY, loop_id);
+                let Ok(lead) = map.claim(KEY, KEY, Origin { loop_id, thread: 0 });
                 if let Some(lead) = lead {
                     return Turn::Lead(lead);
                 }
@@ -94,7 +98,7 @@ fn turn_on(map: &Arc<Map<Plain>>, loop_id: LoopId) -> Turn {
 }
 
 fn find(map: &Map<Plain>) -> Found<Plain, u64> {
-    let Ok(found) = map.find(KEY, &KEY, |outcome| **outcome);
+    let Ok(found) = map.find(KEY, &KEY, |outcome, _| **outcome);
     found
 }
 
@@ -154,7 +158,7 @@ pub(crate) fn sit(place: &Place<Plain>, own: u64, ttl: Nanos) -> Served {
     match place.wait() {
         Standing::Landed => Served::Shared(**place.outcome().expect("it has landed")),
         Standing::Offered => {
-            let lead = place.take_lead().expect("nobody else was offered it");
+            let lead = place.take_lead(0).expect("nobody else was offered it");
             assert!(lead.complete(Arc::new(own), ttl, false));
             Served::Led
         }

@@ -12,7 +12,7 @@ fn a_look_of_the_sweeper_does_not_miss_who_joins_meanwhile() {
     loom::model(|| {
         let map = new_map();
         let leads = lead_on(&map, LOOP);
-        let caller = leads.seat_caller(LOOP);
+        let caller = leads.seat_caller(LOOP, false);
         let call = Arc::new(FakeCall::default());
         leads.led_by(Arc::clone(&call));
         let sweeper = {
@@ -36,7 +36,7 @@ fn who_joins_before_the_call_is_known_is_looked_after_too() {
             let (map, flight) = (Arc::clone(&map), Arc::clone(leads.flight()));
             thread::spawn(move || join_as_task(&map, &flight).expect("it is pending"))
         };
-        let caller = leads.seat_caller(LOOP);
+        let caller = leads.seat_caller(LOOP, false);
         let call = Arc::new(FakeCall::default());
         leads.led_by(Arc::clone(&call));
         let place = other.join().expect("no panic");

@@ -23,13 +23,9 @@ def test_all_names_exactly_the_public_names():
     public = {
         name
         for name, value in vars(llm_batch_coalesce).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name not in HOOKS
+        if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert set(llm_batch_coalesce.__all__) == public | {"__version__"}
-
-
-# Functions that the package hands to its core.
-HOOKS = {"call_is_lost", "cancel_call", "copy_error", "recursive_error", "refuse", "settle"}
 
 
 def test_the_version_is_that_of_the_distribution():
@@ -44,8 +40,16 @@ def test_the_package_requires_no_other():
 @pytest.mark.parametrize("kind", [BatchCoalescer, AsyncBatchCoalescer])
 def test_signatures_read_as_documented(kind):
     assert str(inspect.signature(kind)).startswith("(ttl_seconds")
-    assert list(inspect.signature(kind.get_or_call).parameters) == ["self", "key", "fn"]
+    for method in kind.get_or_call, kind.outcome:
+        assert list(inspect.signature(method).parameters) == ["self", "key", "fn", "timeout", "ttl_seconds"]
     assert "retained" in kind.get_or_call.__doc__
+
+
+def test_both_kinds_have_the_same_methods():
+    def methods(kind):
+        return {name for name in dir(kind) if not name.startswith("_")} - {"as_async", "as_sync"}
+
+    assert methods(BatchCoalescer) == methods(AsyncBatchCoalescer)
 
 
 def test_an_async_call_is_a_coroutine_so_that_it_can_be_a_task():

@@ -1,0 +1,137 @@
+"""What a coalescer tells of itself: outcomes with their flights, counters, flights under way, and the log."""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from llm_batch_coalesce._core import Coalescer
+
+T = TypeVar("T")
+
+logger = logging.getLogger("llm_batch_coalesce")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """What `outcome()` returns: a value, and how this caller came by it.
+
+    Attributes:
+        value: What the call returned.
+        role: `"leader"` for the caller that ran the callable, `"waiter"` for one that waited for it, `"hit"` for one
+            that was served a retained outcome.
+        waiters: How many callers joined the flight, without the leader; a hit tells those of its flight.
+        duration_seconds: How long the underlying call took, in seconds; 0.0 for what `put()` has primed.
+    """
+
+    value: T
+    role: Literal["leader", "waiter", "hit"]
+    waiters: int
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters of a coalescer since its start or `reset_stats()`; exact while nobody calls.
+
+    Every request is counted once: in `calls`, `joined`, `hits`, `timeouts` or `cancelled`. Those that were refused (bad
+    arguments, recursion, a deadlock) are none.
+
+    Attributes:
+        calls: Requests that led: how often a callable was run.
+        joined: Requests that got the outcome of a call that they waited for, errors included.
+        hits: Requests served from a retained outcome, errors included.
+        errors: Calls that failed.
+        timeouts: Waiters whose `timeout` passed.
+        cancelled: Waiters that were cancelled or interrupted.
+        handed_over: Waiters that took over a flight and led; they are among the calls.
+        evicted: Outcomes dropped because of `max_retained`.
+        in_flight: Flights under way now, forgotten ones too.
+        retained: Outcomes retained now.
+    """
+
+    calls: int
+    joined: int
+    hits: int
+    errors: int
+    timeouts: int
+    cancelled: int
+    handed_over: int
+    evicted: int
+    in_flight: int
+    retained: int
+
+    @property
+    def saved(self) -> int:
+        """Requests that were served without a call of their own."""
+        return self.joined + self.hits
+
+    @property
+    def saved_ratio(self) -> float:
+        """The part of the served requests that needed no call of their own, from 0.0 to 1.0."""
+        served = self.calls + self.saved
+        return self.saved / served if served else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FlightInfo:
+    """A flight under way.
+
+    Attributes:
+        key: Its key.
+        age_seconds: How long its call, or the present attempt at it, has been under way, in seconds.
+        waiters: How many callers wait for it, without the leader.
+        leader: Name of the thread or task that leads; None while the lead is being handed over.
+    """
+
+    key: Hashable
+    age_seconds: float
+    waiters: int
+    leader: str | None
+
+
+class Reporting(Coalescer):
+    """The part of a coalescer that reports."""
+
+    __slots__ = ()
+
+    def stats(self) -> Stats:
+        """Return the counters."""
+        return Stats(*self._stats())
+
+    def flights(self) -> list[FlightInfo]:
+        """Return the flights under way, forgotten ones too, oldest first."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        flights = []
+        for key, age, waiters, thread, caller, call in self._flights():
+            task = (caller and caller()) or (call and call())
+            leader = task.get_name() if task else None if thread is None else names.get(thread, f"thread {thread}")
+            flights.append(FlightInfo(key, age, waiters, leader))
+        return sorted(flights, key=lambda flight: -flight.age_seconds)
+
+
+def report_over_age(key: Hashable, name: str | None, age_seconds: float) -> None:
+    """Log a flight that is over age. Keys may hold prompts, so a digest stands for the content."""
+    logger.warning(
+        "the call of a key of type %s with digest %s%s has been under way for %.1f seconds; new callers no longer wait",
+        type(key).__qualname__,
+        digest(key),
+        in_coalescer(name),
+        age_seconds,
+    )
+
+
+def digest(key: Hashable) -> str:
+    """Return 16 hexadecimal digits of the BLAKE2b digest of a key: of a str in UTF-8, of bytes, or of the `repr`."""
+    try:
+        content = key if isinstance(key, bytes) else (key if isinstance(key, str) else repr(key)).encode()
+    except Exception:  # noqa: BLE001 - a broken `__repr__`, or a text that is none
+        return "unknown"
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def in_coalescer(name: str | None) -> str:
+    """Return where something happened, for messages."""
+    return "" if name is None else f" in coalescer {name!r}"

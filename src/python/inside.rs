@@ -1,0 +1,143 @@
+//! Which calls the present caller is part of: those that its thread leads, and those that its context names.
+
+use std::cell::RefCell;
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+use super::family::Python3;
+use super::ffi;
+use crate::circle::Source;
+use crate::flight::Flight;
+use crate::map::Lead;
+use crate::sync::{Arc, Weak};
+
+/// A call: its flight, and the number of its lead.
+type Call = (Weak<Flight<Python3>>, u32);
+
+fn call_of(lead: &Lead<Python3>) -> Call {
+    (Arc::downgrade(lead.flight()), lead.epoch())
+}
+
+fn is_under_way((flight, epoch): &Call) -> bool {
+    flight.upgrade().and_then(|flight| flight.epoch()) == Some(*epoch)
+}
+
+thread_local! {
+    /// The calls that this thread leads at the moment, outermost first.
+    static LED: RefCell<Vec<Call>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Notes that this thread leads a call, as long as it lives.
+pub(super) struct Led {
+    flight: *const Flight<Python3>,
+    epoch: u32,
+}
+
+impl Led {
+    pub(super) fn begin(lead: &Lead<Python3>) -> Self {
+        LED.with_borrow_mut(|led| led.push(call_of(lead)));
+        Self { flight: Arc::as_ptr(lead.flight()), epoch: lead.epoch() }
+    }
+}
+
+impl Drop for Led {
+    fn drop(&mut self) {
+        let own = |(flight, epoch): &Call| flight.as_ptr() == self.flight && *epoch == self.epoch;
+        // The last one, but for greenlets, whose calls end in any order.
+        LED.with_borrow_mut(|led| led.iter().rposition(own).map(|place| led.remove(place)));
+    }
+}
+
+/// The calls that a caller is part of.
+pub(super) struct Inside(Vec<Call>);
+
+impl Inside {
+    /// Of a caller that asks and waits in this thread.
+    pub(super) fn of_thread(py: Python<'_>) -> PyResult<Self> {
+        let mut calls = LED.with_borrow(Clone::clone);
+        if let Some((variable, within)) = Within::current(py)?
+            && !is_inherited(variable, &within)?
+        {
+            calls.extend_from_slice(&within.get().calls);
+        }
+        Ok(Self(calls))
+    }
+
+    /// Of the task that runs in this thread.
+    pub(super) fn of_task(py: Python<'_>) -> PyResult<Self> {
+        let mut calls = LED.with_borrow(Clone::clone);
+        if let Some((_, within)) = Within::current(py)? {
+            calls.extend_from_slice(&within.get().calls);
+        }
+        Ok(Self(calls))
+    }
+
+    /// Whether the caller is part of the call that computes this flight.
+    pub(super) fn includes(&self, flight: &Arc<Flight<Python3>>) -> bool {
+        let wanted = Arc::as_ptr(flight);
+        self.0.iter().any(|(own, epoch)| own.as_ptr() == wanted && flight.epoch() == Some(*epoch))
+    }
+
+    /// What will have to wait if the caller does.
+    pub(super) fn sources(&self) -> Vec<Source> {
+        let source = |(flight, epoch): &Call| Source::Call(flight.as_ptr().addr(), *epoch);
+        self.0.iter().filter(|call| is_under_way(call)).map(source).collect()
+    }
+}
+
+/// In the context of a call's task and of all that it starts: the calls that it is part of.
+#[pyclass(frozen, module = "llm_batch_coalesce._core")]
+pub(super) struct Within {
+    calls: Vec<Call>,
+}
+
+static VARIABLE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+impl Within {
+    /// Marks the current context as that of this call.
+    pub(super) fn enter(py: Python<'_>, lead: &Lead<Python3>) -> PyResult<()> {
+        let variable = VARIABLE.get_or_try_init(py, || {
+            let class = py.import("contextvars")?.getattr("ContextVar")?;
+            class.call1(("llm_batch_coalesce_calls",)).map(Bound::unbind)
+        })?;
+        // Calls that are over are left out: a job that starts itself again would else gather them for ever.
+        let outer = Inside::of_task(py)?.0.into_iter().filter(is_under_way);
+        let within = Self { calls: outer.chain([call_of(lead)]).collect() };
+        ffi::call_method(intern!(py, "set"), [variable.bind(py), Bound::new(py, within)?.as_any()])?;
+        Ok(())
+    }
+
+    /// What the current context names, and the variable that it is in.
+    fn current(py: Python<'_>) -> PyResult<Option<(&Bound<'_, PyAny>, Bound<'_, Self>)>> {
+        // Before the first call of a task there is no such variable.
+        let Some(variable) = VARIABLE.get(py) else { return Ok(None) };
+        let variable = variable.bind(py);
+        match ffi::context_value(variable)? {
+            Some(within) => Ok(Some((variable, within.cast_into::<Self>()?))),
+            None => Ok(None),
+        }
+    }
+}
+
+/// Whether this thread has had a value of its context from the start. Threads of free-threaded 3.14 begin in a copy of
+/// their starter's context; that does not make them part of its call. One that runs a function in a context, as
+/// `asyncio.to_thread` does, is.
+fn is_inherited(variable: &Bound<'_, PyAny>, value: &Bound<'_, Within>) -> PyResult<bool> {
+    static INHERITS: PyOnceLock<bool> = PyOnceLock::new();
+    let py = variable.py();
+    let inherits = INHERITS.get_or_try_init(py, || {
+        let flag = py.import("sys")?.getattr("flags")?.getattr_opt("thread_inherit_context")?;
+        flag.map_or(Ok(false), |flag| flag.is_truthy())
+    })?;
+    if !inherits {
+        return Ok(false);
+    }
+    let thread = py.import("threading")?.getattr("current_thread")?;
+    let Some(context) = ffi::call(&thread, [])?.getattr_opt("_context")? else { return Ok(false) };
+    if context.is_none() {
+        return Ok(false);
+    }
+    Ok(ffi::call_method(intern!(py, "get"), [&context, variable])?.is(value))
+}
