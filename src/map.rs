@@ -253,6 +253,10 @@ impl<F: Family> Map<F> {
     }
 
     fn note_retained(self: &Arc<Self>, shard: &Shard<F>, flight: &Arc<Flight<F>>) {
+        if shard.is_full() {
+            // What has expired takes no room away.
+            self.expire();
+        }
         let deadline = flight.deadline();
         if shard.note_retained(flight, deadline) {
             expiry::wake_for_deadline(self, deadline);

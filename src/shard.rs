@@ -122,6 +122,12 @@ impl<F: Family> Shard<F> {
         true
     }
 
+    /// Whether another retained outcome would make it too many.
+    pub(crate) fn is_full(&self) -> bool {
+        let full = |room: &Room<F>| room.quota.retained.load(Ordering::Acquire) >= room.quota.most;
+        self.room.as_ref().is_some_and(full)
+    }
+
     /// Drops the oldest outcomes of this shard, never the newest, while all shards together have too many.
     fn evict(&self, room: &Room<F>, newest: &Arc<Flight<F>>) {
         let Quota { most, retained } = &*room.quota;

@@ -202,11 +202,9 @@ impl<'a, 'py> Asked<'a, 'py> {
     /// Runs the callable and ends the flight with what became of it.
     fn lead(&self, lead: Lead<Python3>) -> PyResult<Answer<'py>> {
         let this = self.coalescer.get();
-        let result = {
-            let _led = Led::begin(&lead);
-            ffi::call0(self.r#fn)
-        };
-        let result = match result {
+        // Until the end, since how an error is settled may be for the user's code to say, too.
+        let _led = Led::begin(&lead);
+        let result = match ffi::call0(self.r#fn) {
             Ok(value) if ffi::is_coroutine(&value) => Err(self.refused(&value)?),
             result => result,
         };
