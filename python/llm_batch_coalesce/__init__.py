@@ -19,17 +19,22 @@ from llm_batch_coalesce._errors import (
     SharedCallError,
 )
 from llm_batch_coalesce._reports import FlightInfo, Outcome, Stats
+from llm_batch_coalesce._shapes import AsyncRequestCoalescer, BatchCoalesce, CoalescerStats, RequestCoalescer
 from llm_batch_coalesce._sync import BatchCoalescer
 
 __all__ = [
     "AsyncBatchCoalescer",
+    "AsyncRequestCoalescer",
+    "BatchCoalesce",
     "BatchCoalescer",
     "CallResultError",
     "CoalesceError",
+    "CoalescerStats",
     "DeadlockError",
     "FlightInfo",
     "Outcome",
     "RecursiveCallError",
+    "RequestCoalescer",
     "Retain",
     "SharedCallError",
     "Stats",

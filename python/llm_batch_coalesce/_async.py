@@ -22,10 +22,11 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
 from inspect import isawaitable
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from weakref import ReferenceType
 
 from llm_batch_coalesce._core import Retain, Ticket, Token
+from llm_batch_coalesce._decorator import Decorator, coalesced
 from llm_batch_coalesce._errors import CallResultError
 from llm_batch_coalesce._reports import Outcome, Reporting
 from llm_batch_coalesce._sharing import shown
@@ -96,12 +97,30 @@ class AsyncBatchCoalescer(Reporting):
         self._tasks = set()
         self._prune_at = 64
 
+    @overload
+    async def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[Retain[T]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> T: ...
+    @overload
     async def get_or_call(
         self,
         key: Hashable,
         fn: Callable[[], Awaitable[T | Retain[T]]],
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - it bounds the waiting, not the call
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> T: ...
+    async def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[T | Retain[T]]],
+        *,
+        timeout: float | None = None,
         ttl_seconds: float | None = None,
     ) -> T:
         """Return the outcome of `key`: the one retained, that of the call under way, or that of awaiting `fn()`.
@@ -133,12 +152,30 @@ class AsyncBatchCoalescer(Reporting):
             return found  # type: ignore[no-any-return]
         return await self._follow(found, self._begin, key, fn, timeout, ttl_seconds)  # type: ignore[no-any-return]
 
+    @overload
+    async def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[Retain[T]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Outcome[T]: ...
+    @overload
     async def outcome(
         self,
         key: Hashable,
         fn: Callable[[], Awaitable[T | Retain[T]]],
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Outcome[T]: ...
+    async def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[T | Retain[T]]],
+        *,
+        timeout: float | None = None,
         ttl_seconds: float | None = None,
     ) -> Outcome[T]:
         """Return the same as `get_or_call`, with this caller's role and what is known of the flight.
@@ -162,13 +199,13 @@ class AsyncBatchCoalescer(Reporting):
         follow = self._follow(found, self._begin_outcome, key, fn, timeout, ttl_seconds)
         return await follow  # type: ignore[no-any-return]
 
-    async def _follow(
+    async def _follow(  # noqa: PLR0913, PLR0917 - all that the request was made of
         self,
         ticket: Ticket,
         begin: Callable[..., Any],
         key: Hashable,
         fn: Callable[[], Awaitable[Any]],
-        timeout: float | None,  # noqa: ASYNC109 - as above
+        timeout: float | None,
         ttl_seconds: float | None,
     ) -> Any:  # noqa: ANN401 - a value or an `Outcome`
         """Do what a ticket tells, until there is an outcome."""
@@ -181,7 +218,7 @@ class AsyncBatchCoalescer(Reporting):
                     if timeout is None:
                         await future
                     else:
-                        until = until or asyncio.get_running_loop().time() + timeout
+                        until = until or asyncio.get_running_loop().time() + float(timeout)
                         async with asyncio.timeout_at(until):
                             await future
                 except TimeoutError:
@@ -232,6 +269,29 @@ class AsyncBatchCoalescer(Reporting):
                 # The error's traceback holds this frame.
                 del error, task
         return ticket.outcome()
+
+    def coalesced(self, key: Callable[..., Hashable] | None = None) -> Decorator:
+        """Make a decorator: calls of the function with the same key share one call.
+
+        A plain function is shared among threads and a coroutine function among tasks, on the same keys whichever kind
+        of coalescer decorates. The result is a function with the same signature and has `.coalescer` (the face in
+        use), `.key_for(...)` and `.forget(...)`, which take the function's arguments; those of a method take the
+        instance first, those of a class method the class. Below `@classmethod` and `@staticmethod` it works as well.
+
+        Args:
+            key: Makes the key of the call's arguments; what it returns is the key as it is. By default the key is the
+                function's module, its qualified name and its arguments with their defaults, so that `f(1)` and
+                `f(x=1)` are one; arguments must be hashable then, and those of a method include the instance, which
+                a retained outcome keeps alive. Functions that share a name (closures, lambdas) share no key.
+
+        Returns:
+            The decorator.
+
+        Raises:
+            TypeError: If `key` is not a plain function. The decorator raises it for what is no function, for a
+                generator function, and for a classmethod or staticmethod, which must stand above it.
+        """
+        return coalesced(self, key)
 
     def as_sync(self) -> "BatchCoalescer":
         """Return a coalescer of threads on the same keys: a thread and a task that ask for one share one call.

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from types import GenericAlias
-from typing import Any, Final, Generic, Literal, Self, TypeVar, final
+from typing import Any, Final, Generic, Literal, Self, TypeVar, final, overload
 from weakref import ReferenceType
 
 from typing_extensions import disjoint_base
@@ -161,6 +161,16 @@ class ThreadCoalescer(Coalescer):
         max_retained: int | None = None,
         name: str | None = None,
     ) -> Self: ...
+    @overload
+    def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], Retain[_T]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> _T: ...
+    @overload
     def get_or_call(
         self,
         key: Hashable,
@@ -193,6 +203,16 @@ class ThreadCoalescer(Coalescer):
             ValueError: If a number of seconds is negative or NaN.
         """
 
+    @overload
+    def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], Retain[_T]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Outcome[_T]: ...
+    @overload
     def outcome(
         self,
         key: Hashable,
