@@ -12,11 +12,17 @@ from pathlib import Path
 import pytest
 
 import llm_batch_coalesce
-from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, _async, _core, _sync
+from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, _async, _core, _shapes, _sync
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    )
+]
 
 
 def test_all_names_exactly_the_public_names():
@@ -56,22 +62,22 @@ def test_an_async_call_is_a_coroutine_so_that_it_can_be_a_task():
     assert inspect.iscoroutinefunction(AsyncBatchCoalescer.get_or_call)
 
 
-@pytest.mark.parametrize("module", [_sync, _async])
+@pytest.mark.parametrize("module", [_sync, _async, _shapes])
 def test_the_examples_in_the_docs_hold(module):
     assert doctest.testmod(module).attempted > 0
     assert doctest.testmod(module).failed == 0
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_python_block_of_the_readme_runs(number, tmp_path):
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_python_block_of_the_docs_runs(block, tmp_path):
     script = tmp_path / "block.py"
-    script.write_text(BLOCKS[number])
+    script.write_text(block)
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_the_readme_has_examples():
-    assert len(BLOCKS) >= 2
+def test_the_docs_have_examples():
+    assert len(BLOCKS) >= 9
 
 
 @pytest.mark.skipif("free-threading" not in sys.version, reason="only a free-threaded build has the GIL to turn on")
