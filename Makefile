@@ -7,7 +7,7 @@ VENV := .venv/$(TAG)
 BIN := $(VENV)/bin
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find src python -name '*.rs' -o -name '*.py' -o -name '*.pyi' -o -name '*.json' -o -name py.typed)
 
-.PHONY: demo test test-python test-rust bench lint clean check-tools
+.PHONY: demo test test-python test-rust bench stress lint clean check-tools
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed  ## Build the package and run the demo
@@ -26,6 +26,9 @@ test-python: $(VENV)/.tested
 bench: $(VENV)/.tested  ## Run the benchmarks; PYTHON=... picks the interpreter
 	@$(BIN)/python -m pytest benches/python --benchmark-enable --benchmark-only --benchmark-columns=median,rounds \
 		--timeout 600 -q $(ARGS)
+
+stress: $(VENV)/.tested  ## Hammer it with every operation for a minute
+	@$(BIN)/python tests/stress/hammer.py $(ARGS)
 
 lint: $(VENV)/.linted  ## Run all linters
 	cargo fmt --check

@@ -131,6 +131,15 @@ impl<F: Family> Map<F> {
         if self.is_current() { self } else { self.inherited() }
     }
 
+    /// The newest map in this one's place so far, for the garbage collector.
+    pub fn newest(self: &Arc<Self>) -> &Arc<Self> {
+        let mut map = self;
+        while let Some(successor) = map.successor.get() {
+            map = successor;
+        }
+        map
+    }
+
     #[inline]
     fn is_current(&self) -> bool {
         self.birth == fork::birth()

@@ -329,13 +329,14 @@ impl Coalescer {
             return visit.call(&self.origin);
         }
         let mut result = Ok(());
-        self.map.for_each_task(|task| {
+        let map = self.map.newest();
+        map.for_each_task(|task| {
             if result.is_ok() {
                 result = visit.call(&task.event_loop).and_then(|()| visit.call(&task.future));
             }
         });
         if self.may_refer.load(Ordering::Relaxed) {
-            self.map.for_each(|flight| {
+            map.for_each(|flight| {
                 if result.is_ok() {
                     result = visit_flight(flight, &visit);
                 }
@@ -346,7 +347,7 @@ impl Coalescer {
 
     fn __clear__(&self) {
         if self.origin.is_none() {
-            self.map.clear();
+            self.map.newest().clear();
         }
     }
 }
