@@ -18,6 +18,7 @@ it. These are the rules.
 
 import asyncio
 import contextlib
+import math
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
 from inspect import isawaitable
@@ -209,16 +210,18 @@ class AsyncBatchCoalescer(Reporting):
         ttl_seconds: float | None,
     ) -> Any:  # noqa: ANN401 - a value or an `Outcome`
         """Do what a ticket tells, until there is an outcome."""
+        # Not every loop knows when infinity is.
+        limit = None if timeout is None or math.isinf(timeout) else float(timeout)
         until: float | None = None
         while True:
             future = ticket.future
             if future is not None:
                 timed_out = False
                 try:
-                    if timeout is None:
+                    if limit is None:
                         await future
                     else:
-                        until = until or asyncio.get_running_loop().time() + float(timeout)
+                        until = until or asyncio.get_running_loop().time() + limit
                         async with asyncio.timeout_at(until):
                             await future
                 except TimeoutError:
