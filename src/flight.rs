@@ -295,6 +295,18 @@ impl<F: Family> Flight<F> {
         (self.joined.load(Ordering::Relaxed), f32::from_bits(self.duration.load(Ordering::Relaxed)))
     }
 
+    /// Takes a retained outcome off the books: from now on it counts as expired. The deadline that it had, or `None` if it
+    /// is not on them, or no more.
+    pub(crate) fn release(&self) -> Option<Nanos> {
+        if self.state() != State::Retained {
+            return None;
+        }
+        match self.deadline.swap(0, Ordering::AcqRel) {
+            0 => None,
+            deadline => Some(deadline),
+        }
+    }
+
     pub(crate) fn deadline(&self) -> Nanos {
         // Relaxed: published by the state.
         self.deadline.load(Ordering::Relaxed)

@@ -8,7 +8,7 @@ use crate::expiry::{self, Sweep, Swept};
 use crate::family::Family;
 use crate::flight::{Cancelled, Flight, HandedOver, Left, NextLead, Seat, State, View};
 use crate::fork;
-use crate::shard::{Quota, Removed, Shard};
+use crate::shard::{Quota, Shard};
 use crate::stats::{Counters, Stats, Striped, cpus};
 use crate::sync::{Arc, AtomicU64, Mutex, OnceLock, Ordering, Weak};
 use crate::table::Claim;
@@ -109,7 +109,7 @@ impl<F: Family> Map<F> {
 
     /// `shards` is a power of two.
     pub fn with_shards(shards: usize, settings: Settings) -> Arc<Self> {
-        let quota = settings.max_retained.map(|most| Arc::new(Quota { most, retained: AtomicU64::new(0) }));
+        let quota = settings.max_retained.map(|most| Arc::new(Quota::new(most)));
         Arc::new(Self {
             birth: fork::birth(),
             shards: (0..shards).map(|_| Shard::new(quota.as_ref())).collect(),
@@ -240,7 +240,7 @@ impl<F: Family> Map<F> {
         if old.disown() {
             self.forgotten.add(old);
         }
-        shard.note_removed(old, Removed::Dropped);
+        shard.note_removed(old);
     }
 
     /// Retains an outcome that no call has made, for `ttl` from now, in the place of whatever the key has.
@@ -375,7 +375,10 @@ impl<F: Family> Map<F> {
     /// How many keys are retained or in flight.
     pub fn keys(&self) -> usize {
         self.expire();
-        self.shards.iter().map(|shard| shard.table.len()).sum()
+        let stats = self.count();
+        // Not what the tables hold: the sweeper may be taking out what has expired.
+        let there = stats.retained + stats.in_flight;
+        usize::try_from(there).unwrap_or(usize::MAX).saturating_sub(self.forgotten.under_way().len())
     }
 
     /// Drops what has expired, so that what is counted is retained.

@@ -5,7 +5,7 @@ use std::collections::{BinaryHeap, VecDeque};
 
 use crate::clock::{FOREVER, Nanos};
 use crate::family::Family;
-use crate::flight::{Flight, State};
+use crate::flight::Flight;
 use crate::stats::Counters;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, Weak};
 use crate::table::Table;
@@ -22,8 +22,35 @@ pub(crate) struct Shard<F: Family> {
 
 /// How many outcomes all shards together may retain, and how many there are.
 pub(crate) struct Quota {
-    pub(crate) most: u64,
-    pub(crate) retained: AtomicU64,
+    most: u64,
+    /// May be below zero for a moment, since an outcome can be dropped before it is counted.
+    retained: AtomicU64,
+}
+
+impl Quota {
+    pub(crate) fn new(most: u64) -> Self {
+        Self { most: most.min(i64::MAX.cast_unsigned()), retained: AtomicU64::new(0) }
+    }
+
+    fn add(&self) {
+        self.retained.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn subtract(&self) {
+        self.retained.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    fn is_full(&self) -> bool {
+        self.retained.load(Ordering::Acquire).cast_signed() >= self.most.cast_signed()
+    }
+
+    /// Counts one less, if there are too many.
+    fn subtract_surplus(&self) -> bool {
+        let less = |retained: u64| {
+            (retained.cast_signed() > self.most.cast_signed()).then(|| retained.wrapping_sub(1))
+        };
+        self.retained.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_ok()
+    }
 }
 
 struct Room<F: Family> {
@@ -42,16 +69,6 @@ struct Deadlines<F: Family> {
     heap: BinaryHeap<Reverse<Deadline<F>>>,
     /// How many of the heap's flights have left the table before their time.
     stale: usize,
-}
-
-/// How a flight left the table.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Removed {
-    /// Its deadline was taken off the heap.
-    Expired,
-    /// It was taken off the list by age, and is no longer counted.
-    Evicted,
-    Dropped,
 }
 
 /// Orders by time alone.
@@ -124,23 +141,18 @@ impl<F: Family> Shard<F> {
 
     /// Whether another retained outcome would make it too many.
     pub(crate) fn is_full(&self) -> bool {
-        let full = |room: &Room<F>| room.quota.retained.load(Ordering::Acquire) >= room.quota.most;
-        self.room.as_ref().is_some_and(full)
+        self.room.as_ref().is_some_and(|room| room.quota.is_full())
     }
 
     /// Drops the oldest outcomes of this shard, never the newest, while all shards together have too many.
     fn evict(&self, room: &Room<F>, newest: &Arc<Flight<F>>) {
-        let Quota { most, retained } = &*room.quota;
-        retained.fetch_add(1, Ordering::AcqRel);
+        room.quota.add();
         room.by_age.lock().flights.push_back(Arc::downgrade(newest));
         let mut evicted = 0;
         // The count goes down first, so that two shards do not both make room for the same outcome.
-        while retained
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n > *most).then(|| n - 1))
-            .is_ok()
-        {
+        while room.quota.subtract_surplus() {
             if !self.evict_oldest(room) {
-                retained.fetch_add(1, Ordering::AcqRel);
+                room.quota.add();
                 break;
             }
             evicted += 1;
@@ -160,8 +172,10 @@ impl<F: Family> Shard<F> {
             let Some(oldest) = oldest else { return false };
             if let Some(flight) = oldest.upgrade()
                 && self.table.remove(&flight)
+                && let Some(deadline) = flight.release()
             {
-                self.note_removed(&flight, Removed::Evicted);
+                self.counters.released.fetch_add(1, Ordering::Relaxed);
+                self.note_stale_deadline(deadline);
                 return true;
             }
             let mut by_age = room.by_age.lock();
@@ -173,35 +187,40 @@ impl<F: Family> Shard<F> {
     pub(crate) fn remove(&self, flight: &Arc<Flight<F>>) -> bool {
         let removed = self.table.remove(flight);
         if removed {
-            self.note_removed(flight, Removed::Dropped);
+            self.note_removed(flight);
         }
         removed
     }
 
     /// Keeps the books when a flight has left the table.
-    pub(crate) fn note_removed(&self, flight: &Flight<F>, how: Removed) {
-        if flight.state() != State::Retained {
+    pub(crate) fn note_removed(&self, flight: &Flight<F>) {
+        if let Some(deadline) = flight.release() {
+            self.note_released(1);
+            self.note_stale_deadline(deadline);
+        }
+    }
+
+    fn note_released(&self, count: usize) {
+        self.counters.released.fetch_add(count as u64, Ordering::Relaxed);
+        let Some(room) = &self.room else { return };
+        (0..count).for_each(|_| room.quota.subtract());
+        let mut by_age = room.by_age.lock();
+        by_age.stale += count;
+        if by_age.stale * 2 > by_age.flights.len() && by_age.flights.len() >= COMPACT_FROM {
+            by_age.flights.retain(|flight| flight.strong_count() > 0);
+            by_age.stale = 0;
+        }
+    }
+
+    fn note_stale_deadline(&self, deadline: Nanos) {
+        if deadline == FOREVER {
             return;
         }
-        self.counters.released.fetch_add(1, Ordering::Relaxed);
-        if let Some(room) = &self.room
-            && how != Removed::Evicted
-        {
-            room.quota.retained.fetch_sub(1, Ordering::AcqRel);
-            let mut by_age = room.by_age.lock();
-            by_age.stale += 1;
-            if by_age.stale * 2 > by_age.flights.len() && by_age.flights.len() >= COMPACT_FROM {
-                by_age.flights.retain(|flight| flight.strong_count() > 0);
-                by_age.stale = 0;
-            }
-        }
-        if how != Removed::Expired && flight.deadline() != FOREVER {
-            let mut deadlines = self.deadlines.lock();
-            deadlines.stale += 1;
-            if deadlines.stale * 2 > deadlines.heap.len() && deadlines.heap.len() >= COMPACT_FROM {
-                deadlines.heap.retain(|Reverse(deadline)| deadline.flight.strong_count() > 0);
-                deadlines.stale = 0;
-            }
+        let mut deadlines = self.deadlines.lock();
+        deadlines.stale += 1;
+        if deadlines.stale * 2 > deadlines.heap.len() && deadlines.heap.len() >= COMPACT_FROM {
+            deadlines.heap.retain(|Reverse(deadline)| deadline.flight.strong_count() > 0);
+            deadlines.stale = 0;
         }
     }
 
@@ -211,11 +230,18 @@ impl<F: Family> Shard<F> {
 
     /// Removes up to `limit` expired outcomes and tells which, for who wants to know when they are dropped.
     pub(crate) fn expire(&self, now: Nanos, limit: usize) -> Vec<Weak<Flight<F>>> {
-        let mut due = Vec::new();
+        let (mut due, mut flights) = (Vec::new(), Vec::new());
         {
             let mut deadlines = self.deadlines.lock();
             while due.len() < limit && deadlines.heap.peek().is_some_and(|Reverse(first)| first.at <= now) {
-                due.extend(deadlines.heap.pop().map(|Reverse(deadline)| deadline.flight));
+                let Some(Reverse(Deadline { flight, .. })) = deadlines.heap.pop() else { break };
+                flights.extend(flight.upgrade());
+                due.push(flight);
+            }
+            // Under the mutex, so that nobody finds the heap empty and what was on it still counted.
+            let released = flights.iter().filter(|flight| flight.release().is_some()).count();
+            if released > 0 {
+                self.note_released(released);
             }
             if deadlines.heap.is_empty() {
                 // A quiet map gives its memory back.
@@ -223,11 +249,10 @@ impl<F: Family> Shard<F> {
                 deadlines.stale = 0;
             }
         }
-        for flight in due.iter().filter_map(Weak::upgrade) {
-            if self.table.remove(&flight) {
-                self.note_removed(&flight, Removed::Expired);
-            }
+        for flight in &flights {
+            self.table.remove(flight);
         }
+        drop(flights);
         if !due.is_empty() {
             self.table.flush();
         }

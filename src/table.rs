@@ -41,12 +41,9 @@ mod lock_free {
 
     use super::{Arc, Claim, Family, Flight, position};
     use crate::stats::cpus;
-    use crate::sync::{AtomicUsize, Ordering};
 
     pub(crate) struct Table<F: Family> {
         chains: HashMap<u64, Chain<F>, BuildHasherDefault<HashAsIs>>,
-        /// Flights beyond the first of their hash.
-        surplus: AtomicUsize,
         /// How many readers a flush can bear, see [`release`](Self::release).
         readers: usize,
     }
@@ -123,7 +120,7 @@ mod lock_free {
                 .hasher(BuildHasherDefault::default())
                 .resize_mode(ResizeMode::Blocking)
                 .build();
-            Self { chains, surplus: AtomicUsize::new(0), readers: 2 * cpus() }
+            Self { chains, readers: 2 * cpus() }
         }
 
         /// Reads the flight of a key while the table keeps it alive. `look` gets the thread's number, too.
@@ -216,8 +213,6 @@ mod lock_free {
             after: Option<&Chain<F>>,
             guard: &LocalGuard<'_>,
         ) -> bool {
-            let surplus = |chain: Option<&Chain<F>>| chain.map_or(0, |chain| chain.flights().len() - 1);
-            let (fewer, more) = (surplus(before), surplus(after));
             // The guard keeps `before` alive, so that no other chain can have its address.
             let swap = |there: Option<(&u64, &Chain<F>)>| {
                 let unchanged = match (there, before) {
@@ -231,13 +226,7 @@ mod lock_free {
                     None => Operation::Remove,
                 }
             };
-            let done = self.chains.compute(hash, swap, guard);
-            let done = !matches!(done, Compute::Aborted(()));
-            if done && more != fewer {
-                // Relaxed: a count orders nothing. Wrapping, so the order of the two does not matter.
-                self.surplus.fetch_add(more.wrapping_sub(fewer), Ordering::Relaxed);
-            }
-            done
+            !matches!(self.chains.compute(hash, swap, guard), Compute::Aborted(()))
         }
 
         /// Drops what this thread has removed, at once or when the readers that may see it are done.
@@ -255,10 +244,6 @@ mod lock_free {
                 unsafe { guard.defer_retire(nothing, |_, _| ()) };
             }
             guard.flush();
-        }
-
-        pub(crate) fn len(&self) -> usize {
-            self.chains.len().wrapping_add(self.surplus.load(Ordering::Relaxed))
         }
 
         pub(crate) fn for_each(&self, mut look: impl FnMut(&Arc<Flight<F>>)) {
@@ -326,10 +311,6 @@ mod locked {
         }
 
         pub(crate) fn flush(&self) {}
-
-        pub(crate) fn len(&self) -> usize {
-            self.0.lock().len()
-        }
 
         pub(crate) fn for_each(&self, look: impl FnMut(&Arc<Flight<F>>)) {
             let flights = self.0.lock().clone();
