@@ -300,12 +300,13 @@ impl<F: Family> Map<F> {
     /// Cancels the waiters of a key's flight, and drops the key. False if no flight is under way.
     pub fn cancel(self: &Arc<Self>, hash: u64, key: &F::Key) -> Result<bool, F::Error> {
         let Some(flight) = self.get(hash, key)? else { return Ok(false) };
-        if flight.state() != State::Pending {
+        // One that lands in this moment either stays as it is or is not retained.
+        if !flight.disown() {
             return Ok(false);
         }
         // Before anybody wakes, so that nobody who was cancelled can join it again.
         self.let_go(&flight);
-        let Some(Cancelled { wake, ended, call, _rest }) = flight.cancel() else { return Ok(false) };
+        let Some(Cancelled { wake, ended, call, _rest }) = flight.cancel() else { return Ok(true) };
         if ended {
             self.flight_over(&flight, false);
         }
