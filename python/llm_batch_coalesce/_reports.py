@@ -22,7 +22,8 @@ class Outcome(Generic[T]):
         value: What the call returned.
         role: `"leader"` for the caller that ran the callable, `"waiter"` for one that waited for it, `"hit"` for one
             that was served a retained outcome.
-        waiters: How many callers joined the flight, without the leader; a hit tells those of its flight.
+        waiters: How many callers joined the flight, those that gave up waiting too, without the leader; a hit tells
+            those of its flight.
         duration_seconds: How long the underlying call took, in seconds; 0.0 for what `put()` has primed.
     """
 
@@ -43,7 +44,7 @@ class Stats:
         calls: Requests that led: how often a callable was run.
         joined: Requests that got the outcome of a call that they waited for, errors included.
         hits: Requests served from a retained outcome, errors included.
-        errors: Calls that failed.
+        errors: Calls that failed, with private errors too.
         timeouts: Waiters whose `timeout` passed.
         cancelled: Waiters that were cancelled or interrupted.
         handed_over: Waiters that took over a flight and led; they are among the calls.

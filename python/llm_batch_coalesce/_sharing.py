@@ -18,6 +18,7 @@ def settle(
     error: BaseException,
     private_errors: tuple[type[BaseException], ...],
     error_ttl_seconds: Callable[[Any], object] | None,
+    name: str | None,
 ) -> tuple[Exception, float | None] | None:
     """Tell how a call's error is shared.
 
@@ -36,7 +37,8 @@ def settle(
         seconds = error_ttl_seconds(error)
         return template, None if seconds is None else _core._check_seconds("its answer", seconds)  # noqa: SLF001
     except Exception:  # noqa: BLE001 - it is the user's
-        logger.exception("error_ttl_seconds failed for %s, which is not retained", type(error).__qualname__)
+        failed = type(error).__qualname__
+        logger.exception("error_ttl_seconds failed for %s%s, which is not retained", failed, in_coalescer(name))
         return template, 0.0
 
 

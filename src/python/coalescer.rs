@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyString, PyTuple};
 
 use super::family::{Outcome, Python3, Shared, check_interrupt, running_loop};
 use super::hooks::Hooks;
@@ -262,7 +262,10 @@ impl Coalescer {
         // What has expired is not retained, though it may wait for the sweeper.
         this.map().expire();
         let stats = this.map().stats();
-        let name = this.options.name.as_ref().map(|name| format!(" {name:?}")).unwrap_or_default();
+        let name = match this.options.name.as_deref() {
+            Some(name) => format!(" {}", PyString::new(slf.py(), name).repr()?),
+            None => String::new(),
+        };
         let errors = match &this.options.error_ttl {
             ErrorTtl::Same => String::new(),
             ErrorTtl::Fixed(ttl) => format!(" error_ttl_seconds={}", seconds(*ttl)),
@@ -507,7 +510,8 @@ impl Coalescer {
             ErrorTtl::Same | ErrorTtl::Fixed(_) => &none,
         };
         // If this raises, the lead is dropped and so handed over.
-        let settled = ffi::call(Hooks::get(py)?.settle.bind(py), [error, private, decide])?;
+        let name = self.options.name.as_deref().into_pyobject(py)?;
+        let settled = ffi::call(Hooks::get(py)?.settle.bind(py), [error, private, decide, &name])?;
         let delivered = if settled.is_none() {
             lead.abandon(true)
         } else {

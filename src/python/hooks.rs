@@ -11,8 +11,8 @@ use pyo3::types::PyDict;
 pub(super) struct Hooks {
     /// `(fn, coroutine) -> exception`: closes the coroutine; the error of a callable that threads cannot share.
     pub(super) refuse: Py<PyAny>,
-    /// `(exception, private_errors, error_ttl_seconds | None) -> (template, seconds | None) | None`: how a failed call is
-    /// shared and, where that is not fixed, how long it is retained; `None` for not shared at all.
+    /// `(exception, private_errors, error_ttl_seconds | None, coalescer's name) -> (template, seconds | None) | None`: how
+    /// a failed call is shared and, where that is not fixed, how long it is retained; `None` for not shared at all.
     pub(super) settle: Py<PyAny>,
     /// `(template) -> exception`: a copy to raise.
     pub(super) copy_error: Py<PyAny>,

@@ -155,7 +155,13 @@ pub(super) fn timeout(value: Option<&Bound<'_, PyAny>>) -> PyResult<Patience> {
 
 /// A number of seconds, zero and infinity included.
 pub(super) fn ttl(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Ttl> {
-    let number = if value.is_instance_of::<PyBool>() { None } else { value.extract::<f64>().ok() };
+    let number = match value.extract::<f64>() {
+        _ if value.is_instance_of::<PyBool>() => None,
+        Ok(number) => Some(number),
+        // An int past all floats.
+        Err(_) if value.is_instance_of::<PyInt>() => Some(if value.gt(0)? { f64::INFINITY } else { -1.0 }),
+        Err(_) => None,
+    };
     let Some(seconds) = number else {
         let got = shown(value);
         return Err(PyTypeError::new_err(format!("{name} must be a number of seconds, not {got}")));
@@ -182,7 +188,13 @@ pub(super) fn callable(name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
     Err(PyTypeError::new_err(format!("{name} must be callable, not {got}")))
 }
 
-/// How a value reads in an error; its own `__repr__` may be broken.
+/// How a value reads in an error, where it may be long, and its own `__repr__` broken.
 fn shown(value: &Bound<'_, PyAny>) -> String {
-    value.repr().map_or_else(|_| format!("an object of type {}", value.get_type()), |text| text.to_string())
+    const MOST: usize = 80;
+    let Ok(text) = value.repr() else { return format!("an object of type {}", value.get_type()) };
+    let text = text.to_string();
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
 }
