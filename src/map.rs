@@ -156,7 +156,7 @@ impl<F: Family> Map<F> {
             });
             if new {
                 // Not before, since dropping may run foreign code that comes here.
-                map.clear();
+                map.let_heir_own();
             }
             map = heir;
         }
@@ -185,6 +185,18 @@ impl<F: Family> Map<F> {
         // Bits that the table does not use: it takes its slot from the low ones and a tag from the top seven.
         let bits = usize::try_from(hash >> 40 & 0xffff).unwrap_or_default();
         &self.shards[bits & (self.shards.len() - 1)]
+    }
+
+    /// Takes everything out of the tables. The books are the heir's, with whom the flights go on.
+    fn let_heir_own(&self) {
+        for shard in &self.shards {
+            let mut flights = Vec::new();
+            shard.table.for_each(|flight| flights.push(Arc::clone(flight)));
+            for flight in &flights {
+                shard.table.remove(flight);
+            }
+            shard.table.flush();
+        }
     }
 
     /// Looks for the live flight of a key, and takes the outcome if it is retained.
