@@ -70,20 +70,18 @@ impl<F: Family> Roster<F> {
     }
 
     fn add(&self, flight: &Arc<Flight<F>>) {
+        // Dropped after the lock, since the last handle to a flight may be among them.
+        let mut held = Vec::new();
         let mut listed = self.0.lock();
         listed.flights.push(Arc::downgrade(flight));
-        if listed.flights.len() < listed.prune_at {
-            return;
+        if listed.flights.len() >= listed.prune_at {
+            held.extend(listed.flights.iter().filter_map(Weak::upgrade));
+            let under_way = held.iter().filter(|flight| flight.state() == State::Pending);
+            listed.flights = under_way.map(Arc::downgrade).collect();
+            listed.prune_at = 2 * listed.flights.len().max(32);
         }
-        let flights = std::mem::take(&mut listed.flights);
         drop(listed);
-        // Outside of the lock, since the last handle to a flight may come up.
-        let under_way =
-            |flight: &Weak<Flight<F>>| flight.upgrade().is_some_and(|f| f.state() == State::Pending);
-        let mut flights: Vec<_> = flights.into_iter().filter(under_way).collect();
-        let mut listed = self.0.lock();
-        listed.flights.append(&mut flights);
-        listed.prune_at = 2 * listed.flights.len().max(32);
+        drop(held);
     }
 
     fn under_way(&self) -> Vec<Arc<Flight<F>>> {
@@ -297,16 +295,22 @@ impl<F: Family> Map<F> {
         Ok(there)
     }
 
-    /// Takes a flight out of its table, and sees to it that it does not retain its outcome.
     fn let_go(&self, flight: &Arc<Flight<F>>) {
         let shard = self.shard(flight.hash());
-        let under_way = flight.disown();
-        if shard.remove(flight) {
-            if under_way {
-                self.forgotten.add(flight);
-            }
+        if self.take_out(shard, flight) {
             shard.table.flush();
         }
+    }
+
+    /// Takes a flight out of its table, and sees to it that it does not retain its outcome. False if it is not there.
+    fn take_out(&self, shard: &Shard<F>, flight: &Arc<Flight<F>>) -> bool {
+        let under_way = flight.disown();
+        let removed = shard.remove(flight);
+        // Who else has taken it out has noted it.
+        if removed && under_way {
+            self.forgotten.add(flight);
+        }
+        removed
     }
 
     /// Cancels the waiters of a key's flight, and drops the key. False if no flight is under way.
@@ -406,10 +410,7 @@ impl<F: Family> Map<F> {
             let mut flights = Vec::new();
             shard.table.for_each(|flight| flights.push(Arc::clone(flight)));
             for flight in flights {
-                if flight.disown() {
-                    self.forgotten.add(&flight);
-                }
-                shard.remove(&flight);
+                self.take_out(shard, &flight);
             }
             shard.table.flush();
         }

@@ -132,7 +132,8 @@ impl<F: Family> Shard<F> {
         if let Some(room) = &self.room {
             self.evict(room, flight);
         }
-        if at == FOREVER {
+        // None if it was dropped in this very moment.
+        if at == FOREVER || at == 0 {
             return false;
         }
         self.deadlines.lock().heap.push(Reverse(Deadline { at, flight: Arc::downgrade(flight) }));

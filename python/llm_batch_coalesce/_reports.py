@@ -2,12 +2,9 @@
 
 import hashlib
 import logging
-import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
-
-from llm_batch_coalesce._core import Coalescer
 
 T = TypeVar("T")
 
@@ -91,26 +88,6 @@ class FlightInfo:
     age_seconds: float
     waiters: int
     leader: str | None
-
-
-class Reporting(Coalescer):
-    """The part of a coalescer that reports."""
-
-    __slots__ = ()
-
-    def stats(self) -> Stats:
-        """Return the counters."""
-        return Stats(*self._stats())
-
-    def flights(self) -> list[FlightInfo]:
-        """Return the flights under way, forgotten ones too, oldest first."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        flights = []
-        for key, age, waiters, thread, caller, call in self._flights():
-            task = (caller and caller()) or (call and call())
-            leader = task.get_name() if task else None if thread is None else names.get(thread, f"thread {thread}")
-            flights.append(FlightInfo(key, age, waiters, leader))
-        return sorted(flights, key=lambda flight: -flight.age_seconds)
 
 
 def report_over_age(key: Hashable, name: str | None, age_seconds: float) -> None:

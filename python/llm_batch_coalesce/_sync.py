@@ -1,17 +1,16 @@
 """The coalescer of threads. Its `get_or_call` is compiled: a hit enters no Python frame."""
 
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from llm_batch_coalesce._async import AsyncBatchCoalescer
 from llm_batch_coalesce._core import ThreadCoalescer
-from llm_batch_coalesce._decorator import Decorator, coalesced
 from llm_batch_coalesce._errors import CallResultError
-from llm_batch_coalesce._reports import Reporting
+from llm_batch_coalesce._face import Face
 from llm_batch_coalesce._sharing import shown
 
 
-class BatchCoalescer(ThreadCoalescer, Reporting):
+class BatchCoalescer(ThreadCoalescer, Face):
     """Shares one call among all threads that ask for the same key at the same time.
 
     For `ttl_seconds` after the call completes, later callers are served its outcome, too.
@@ -43,29 +42,6 @@ class BatchCoalescer(ThreadCoalescer, Reporting):
     """
 
     __slots__ = ()
-
-    def coalesced(self, key: Callable[..., Hashable] | None = None) -> Decorator:
-        """Make a decorator: calls of the function with the same key share one call.
-
-        A plain function is shared among threads and a coroutine function among tasks, on the same keys whichever kind
-        of coalescer decorates. The result is a function with the same signature and has `.coalescer` (the face in
-        use), `.key_for(...)` and `.forget(...)`, which take the function's arguments; those of a method take the
-        instance first, those of a class method the class. Below `@classmethod` and `@staticmethod` it works as well.
-
-        Args:
-            key: Makes the key of the call's arguments; what it returns is the key as it is. By default the key is the
-                function's module, its qualified name and its arguments with their defaults, so that `f(1)` and
-                `f(x=1)` are one; arguments must be hashable then, and those of a method include the instance, which
-                a retained outcome keeps alive. Functions that share a name (closures, lambdas) share no key.
-
-        Returns:
-            The decorator.
-
-        Raises:
-            TypeError: If `key` is not a plain function. The decorator raises it for what is no function, for a
-                generator function, and for a classmethod or staticmethod, which must stand above it.
-        """
-        return coalesced(self, key)
 
     def as_async(self, *, on_abandoned: Literal["cancel", "finish"] = "cancel") -> AsyncBatchCoalescer:
         """Return a coalescer of tasks on the same keys: a thread and a task that ask for one share one call.
