@@ -3,7 +3,8 @@
 //! It starts with the first outcome that has a deadline, sleeps until the earliest one, and ends when nothing needs
 //! it. While flights depend on event loops elsewhere it looks after them once a second.
 //!
-//! Maps are upgraded, and whatever they hold is dropped, only inside the function given to [`install`].
+//! Its thread is started by the [`Host`]: at home in the language above, it may drop what the maps hold, and detaches only
+//! to sleep.
 
 use crate::clock::{FOREVER, Nanos};
 #[cfg(not(loom))]
@@ -26,8 +27,13 @@ pub(crate) trait Sweep: Send + Sync {
     fn sweep(self: Arc<Self>, now: Nanos, limit: usize) -> Swept;
 }
 
-/// Runs a function where foreign objects may be dropped.
-pub type Attached = fn(&mut dyn FnMut());
+/// What the language above does for the sweeper. Without a host it has a plain thread.
+pub struct Host {
+    /// Starts a thread that calls [`run`]. False if it cannot be had.
+    pub start: fn() -> bool,
+    /// Lets other threads run meanwhile.
+    pub detached: fn(&mut dyn FnMut()),
+}
 
 // No sweeper in models: they call what it would call.
 #[cfg(loom)]
@@ -36,7 +42,7 @@ pub(crate) fn wake_for_deadline<M>(_map: &M, _at: Nanos) {}
 pub(crate) fn wake_for_watch<M>(_map: &M) {}
 
 #[cfg(not(loom))]
-pub use thread::{install, stop, wake_now};
+pub use thread::{install, run, stop, wake_now};
 #[cfg(not(loom))]
 pub(crate) use thread::{wake_for_deadline, wake_for_watch};
 
@@ -44,10 +50,9 @@ pub(crate) use thread::{wake_for_deadline, wake_for_watch};
 mod thread {
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-    use std::thread::JoinHandle;
     use std::time::Duration;
 
-    use super::{Arc, Attached, FOREVER, Family, Map, Nanos, Sweep, Swept};
+    use super::{Arc, FOREVER, Family, Host, Map, Nanos, Sweep, Swept};
     use crate::clock::now;
     use crate::fork;
 
@@ -60,7 +65,7 @@ mod thread {
     /// What one round drops at most, since it holds up a GIL build meanwhile.
     const BATCH: usize = 1_000;
 
-    static ATTACHED: OnceLock<Attached> = OnceLock::new();
+    static HOST: OnceLock<Host> = OnceLock::new();
     static SWEEPER: LazyLock<Sweeper> = LazyLock::new(Sweeper::new);
 
     /// The sweeper of this process.
@@ -79,21 +84,27 @@ mod thread {
         next_wake: AtomicU64,
         state: Mutex<State>,
         woken: Condvar,
+        ended: Condvar,
         successor: OnceLock<&'static Sweeper>,
     }
 
     struct State {
         maps: Vec<Weak<dyn Sweep>>,
         wake_at: Nanos,
+        /// Whether there is a thread, or one is being started.
         running: bool,
         stopped: bool,
-        thread: Option<JoinHandle<()>>,
     }
 
-    /// Tells how to drop foreign objects. Without it they are dropped as they are.
-    pub fn install(attached: Attached) {
-        // A second one is the same function: the module's initialisation sets it.
-        let _ = ATTACHED.set(attached);
+    /// Installs the host; the first one stays.
+    pub fn install(host: Host) {
+        // A second one is the same: the module's initialisation brings it.
+        let _ = HOST.set(host);
+    }
+
+    /// Sweeps, on a thread that was started for it, until there is nothing left to do.
+    pub fn run() {
+        sweeper().run();
     }
 
     pub(crate) fn wake_for_deadline<F: Family>(map: &Arc<Map<F>>, at: Nanos) {
@@ -118,27 +129,23 @@ mod thread {
     /// Ends the sweeper for good and waits for it. The caller must not hold what the sweeper needs to go on.
     pub fn stop() {
         let sweeper = sweeper();
-        let thread = {
-            let mut state = sweeper.lock();
-            state.stopped = true;
-            sweeper.woken.notify_all();
-            state.thread.take()
-        };
-        if let Some(thread) = thread {
-            // It ends by itself; if it has panicked there is nothing left to stop.
-            let _ = thread.join();
+        let mut state = sweeper.lock();
+        state.stopped = true;
+        sweeper.woken.notify_all();
+        while state.running {
+            state = sweeper.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     impl Sweeper {
         fn new() -> Self {
-            let state =
-                State { maps: Vec::new(), wake_at: FOREVER, running: false, stopped: false, thread: None };
+            let state = State { maps: Vec::new(), wake_at: FOREVER, running: false, stopped: false };
             Self {
                 birth: fork::birth(),
                 next_wake: AtomicU64::new(FOREVER),
                 state: Mutex::new(state),
                 woken: Condvar::new(),
+                ended: Condvar::new(),
                 successor: OnceLock::new(),
             }
         }
@@ -171,16 +178,25 @@ mod thread {
                 self.woken.notify_all();
                 return;
             }
-            let spawned =
-                std::thread::Builder::new().name("llm-batch-coalesce-sweeper".into()).spawn(|| self.run());
-            state.running = spawned.is_ok();
-            if !state.running {
+            state.running = true;
+            // The host's code must not run under the mutex.
+            drop(state);
+            let started = match HOST.get() {
+                Some(host) => (host.start)(),
+                None => std::thread::Builder::new().spawn(run).is_ok(),
+            };
+            if !started {
                 // Outcomes still expire for callers; the next completion tries again to have them dropped.
+                let mut state = self.lock();
                 state.wake_at = FOREVER;
                 self.next_wake.store(FOREVER, Ordering::SeqCst);
+                self.end(&mut state);
             }
-            // A former thread has ended: it said so under this mutex.
-            state.thread = spawned.ok();
+        }
+
+        fn end(&self, state: &mut State) {
+            state.running = false;
+            self.ended.notify_all();
         }
 
         fn run(&self) {
@@ -188,21 +204,22 @@ mod thread {
             loop {
                 let maps = {
                     let mut state = self.lock();
-                    if state.stopped {
-                        return;
-                    }
                     state.wake_at = FOREVER;
                     self.next_wake.store(FOREVER, Ordering::SeqCst);
                     state.maps.retain(|map| map.strong_count() > 0);
                     state.maps.clone()
                 };
-                let round = attached_round(&maps);
-                if round.removed >= BATCH {
-                    continue;
-                }
+                let round = one_round(&maps);
+                drop(maps);
                 // What others hold on to is looked at ever more seldom.
                 patience = if round.dying { TICK.min(2 * patience) } else { SHORTEST_SLEEP };
-                if !self.sleep(&round, patience) {
+                let mut awake = true;
+                let mut pause = || awake = self.sleep(&round, patience);
+                match HOST.get() {
+                    Some(host) => (host.detached)(&mut pause),
+                    None => pause(),
+                }
+                if !awake {
                     return;
                 }
             }
@@ -211,6 +228,10 @@ mod thread {
         /// Until the next round is due. False when there is nothing left to do.
         fn sleep(&self, round: &Swept, patience: Nanos) -> bool {
             let mut state = self.lock();
+            if round.removed >= BATCH && !state.stopped {
+                // There is more. Others have had a chance to run.
+                return true;
+            }
             let earliest = now() + SHORTEST_SLEEP;
             if let Some(next) = round.next {
                 self.wake_by(&mut state, next.max(earliest));
@@ -224,6 +245,7 @@ mod thread {
             let linger_until = now() + LINGER;
             loop {
                 if state.stopped {
+                    self.end(&mut state);
                     return false;
                 }
                 let time = now();
@@ -231,7 +253,7 @@ mod thread {
                     return true;
                 }
                 if state.wake_at == FOREVER && time >= linger_until {
-                    state.running = false;
+                    self.end(&mut state);
                     return false;
                 }
                 let until = state.wake_at.min(if state.wake_at == FOREVER { linger_until } else { FOREVER });
@@ -241,21 +263,15 @@ mod thread {
         }
     }
 
-    fn attached_round(maps: &[Weak<dyn Sweep>]) -> Swept {
+    fn one_round(maps: &[Weak<dyn Sweep>]) -> Swept {
         let mut round = Swept::default();
-        let mut sweep = || {
-            let now = now();
-            for map in maps.iter().filter_map(Weak::upgrade) {
-                let swept = map.sweep(now, BATCH.saturating_sub(round.removed));
-                round.removed += swept.removed;
-                round.dying |= swept.dying;
-                round.watching |= swept.watching;
-                round.next = round.next.into_iter().chain(swept.next).min();
-            }
-        };
-        match ATTACHED.get() {
-            Some(attached) => attached(&mut sweep),
-            None => sweep(),
+        let now = now();
+        for map in maps.iter().filter_map(Weak::upgrade) {
+            let swept = map.sweep(now, BATCH.saturating_sub(round.removed));
+            round.removed += swept.removed;
+            round.dying |= swept.dying;
+            round.watching |= swept.watching;
+            round.next = round.next.into_iter().chain(swept.next).min();
         }
         round
     }

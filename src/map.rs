@@ -153,8 +153,9 @@ impl<F: Family> Map<F> {
                 map.bequeath()
             });
             if new {
-                // Not before, since dropping may run foreign code that comes here.
+                // Not before, since this may run foreign code that comes here.
                 map.let_heir_own();
+                expiry::wake_for_deadline(heir, now());
             }
             map = heir;
         }
@@ -172,7 +173,7 @@ impl<F: Family> Map<F> {
             for flight in flights.iter().filter(|flight| flight.retained(time).is_some()) {
                 new.table.insert_other(flight);
                 new.note_primed();
-                heir.note_retained(new, flight);
+                new.note_retained(flight, flight.deadline());
             }
         }
         heir

@@ -154,7 +154,7 @@ fn report<T>(py: Python<'_>, result: PyResult<T>) -> Option<T> {
 
 /// Runs Python code that has nothing to do with an error that may be on its way: leads and seats are also dropped while
 /// frames are unwound.
-fn undisturbed<R>(py: Python<'_>, run: impl FnOnce() -> R) -> R {
+pub(super) fn undisturbed<R>(py: Python<'_>, run: impl FnOnce() -> R) -> R {
     let on_its_way = PyErr::take(py);
     let result = run();
     if let Some(error) = on_its_way {

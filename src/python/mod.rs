@@ -15,8 +15,30 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 use crate::{clock, expiry, fork};
+
+/// Starts the sweeper on a thread of Python's. A foreign thread would make and drop its Python state without holding the
+/// interpreter, and a fork in that moment leaves a child of CPython 3.11 without a way out of `fork()`.
+fn start_sweeper() -> bool {
+    let py = ffi::attached();
+    let start = || -> PyResult<()> {
+        let start = py.import("_thread")?.getattr("start_new_thread")?;
+        ffi::call(&start, [wrap_pyfunction!(_sweep, py)?.as_any(), PyTuple::empty(py).as_any()])?;
+        Ok(())
+    };
+    // It is tried again when the next outcome is retained.
+    family::undisturbed(py, start).is_ok()
+}
+
+/// The sweeper's thread.
+#[pyfunction]
+fn _sweep() {
+    #[cfg(target_os = "linux")]
+    rustix::thread::set_name(c"coalesce-sweep").unwrap_or_default();
+    expiry::run();
+}
 
 /// Ends the sweeper before the interpreter goes.
 #[pyfunction]
@@ -62,9 +84,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         None => false,
     };
     family::WAKE_FAN.store(if parallel { 2 } else { 1 }, Ordering::Relaxed);
-    expiry::install(|sweep| {
-        // While the interpreter finalizes there is nothing to sweep for.
-        Python::try_attach(|_| sweep());
+    expiry::install(expiry::Host {
+        start: start_sweeper,
+        detached: |pause| ffi::detached(ffi::attached(), pause),
     });
     py.import("atexit")?.call_method1("register", (module.getattr("_stop_sweeper")?,))?;
     Ok(())
