@@ -11,8 +11,9 @@ use llm_batch_coalesce::map::{Lead, Map, Place, Settings};
 use llm_batch_coalesce::stats::Stats;
 use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Wakeup};
 
+use crate::ops::{cancel, forget, peek, put};
 use crate::support::{
-    Call, Clock, Outcome, Plain, SECOND, Tasks, Turn, hit, in_time, lead, request, turn_on,
+    Call, Clock, Outcome, Plain, SECOND, Tasks, Turn, eventually, hit, in_time, lead, request, turn_on,
 };
 
 /// Numbers that look random and are the same in every run.
@@ -27,17 +28,12 @@ impl Dice {
     }
 }
 
-/// How the requests ended that the map does not count.
-#[derive(Default)]
-struct Uncounted {
-    left: AtomicU64,
-    cancelled: AtomicU64,
-}
+const HOUR: u64 = 3600 * SECOND;
 
 /// One thread of callers, some of which are tasks of loop 1 or 2.
 struct Crowd<'a> {
     map: &'a Arc<Map<Plain>>,
-    uncounted: &'a Uncounted,
+    clock: &'a Clock,
     made: &'a AtomicU64,
     dropped: mpsc::Sender<u64>,
     tasks: Tasks,
@@ -52,6 +48,9 @@ impl Crowd<'_> {
                 Turn::Hit(_) => return,
                 Turn::Lead(lead) => return self.call(lead, roll),
                 Turn::Join(flight) => {
+                    if self.dice.roll(8) == 0 {
+                        return self.map.count_timeout(flight.hash());
+                    }
                     if self.join(&flight) {
                         return;
                     }
@@ -64,11 +63,11 @@ impl Crowd<'_> {
     fn call(&mut self, lead: Lead<Plain>, roll: u64) {
         let mut caller = None;
         if roll > 0 {
-            let place = lead.seat_caller(self.loop_id(roll), false);
+            let place = lead.seat_caller(self.loop_id(roll), self.dice.roll(2) == 0);
             lead.led_by(Call::new());
             caller = (self.dice.roll(4) > 0).then_some(place);
         }
-        let ttl = [0, 3600 * SECOND, FOREVER];
+        let ttl = [0, HOUR, FOREVER];
         match self.dice.roll(6) {
             0 => drop(lead),
             1 => drop(lead.abandon(true)),
@@ -99,16 +98,41 @@ impl Crowd<'_> {
                 assert!(place.outcome().is_some());
                 place.count_joined();
             }
-            Standing::Offered => match place.take_lead(0) {
-                Some(lead) => self.call(lead, roll),
-                None => return false,
-            },
-            Standing::Cancelled => drop(self.uncounted.cancelled.fetch_add(1, SeqCst)),
-            Standing::Waiting => drop(self.uncounted.left.fetch_add(1, SeqCst)),
-            Standing::Withdrawn => return false,
+            Standing::Offered => {
+                if let Some(lead) = place.take_lead(0) {
+                    self.call(lead, roll);
+                } else if place.standing() == Standing::Withdrawn {
+                    place.ask_again();
+                    return false;
+                } else {
+                    assert_eq!(place.standing(), Standing::Cancelled);
+                }
+            }
+            Standing::Waiting if self.dice.roll(2) == 0 => place.count_timeout(),
+            // Counted when it leaves.
+            Standing::Waiting | Standing::Cancelled => {}
+            Standing::Withdrawn => {
+                place.ask_again();
+                return false;
+            }
             Standing::Private => panic!("it did not lead"),
         }
         true
+    }
+
+    /// What is done to a key by who does not ask for it.
+    fn meddle(&mut self, key: u64) {
+        match self.dice.roll(64) {
+            0..4 => drop(forget(self.map, key)),
+            4..8 => drop(cancel(self.map, key)),
+            8..10 => {
+                let value = self.made.fetch_add(1, SeqCst);
+                put(self.map, key, Outcome::watched(value, &self.dropped), FOREVER);
+            }
+            10 => self.map.clear(),
+            11 => self.clock.advance(2 * HOUR),
+            _ => drop(peek(self.map, key)),
+        }
     }
 
     fn wait(&self, place: &Place<Plain>, as_task: bool, patient: bool) -> Standing {
@@ -128,36 +152,45 @@ impl Crowd<'_> {
     }
 }
 
-#[test]
-fn every_request_is_counted_once_and_every_outcome_dropped_once() {
+/// How many outcomes are really there.
+fn retained(map: &Map<Plain>) -> u64 {
+    let mut retained = 0;
+    map.for_each(|flight| retained += u64::from(flight.retained_at_all().is_some()));
+    retained
+}
+
+fn every_request_is_counted_once_and_every_outcome_dropped_once(settings: Settings) {
     const THREADS: u64 = 4;
     const REQUESTS: u64 = 5000;
-    in_time(|| {
-        let _clock = Clock::hold();
-        let map = Map::<Plain>::new(Settings::default());
-        let (made, uncounted) = (AtomicU64::new(0), Uncounted::default());
+    in_time(move || {
+        let clock = &Clock::hold();
+        let map = Map::<Plain>::new(settings);
+        let made = AtomicU64::new(0);
         let (sender, dropped) = mpsc::channel();
         thread::scope(|scope| {
             for seed in 1..=THREADS {
-                let (map, made, uncounted, sender) = (&map, &made, &uncounted, sender.clone());
+                let (map, made, sender) = (&map, &made, sender.clone());
                 scope.spawn(move || {
                     let (tasks, dice) = (Tasks::new(), Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-                    let mut crowd = Crowd { map, uncounted, made, dropped: sender, tasks, dice };
+                    let mut crowd = Crowd { map, clock, made, dropped: sender, tasks, dice };
                     for _ in 0..REQUESTS {
                         let key = crowd.dice.roll(8);
                         crowd.request(key);
-                        if crowd.dice.roll(16) == 0 {
-                            map.clear();
-                        }
+                        crowd.meddle(key);
                     }
                 });
             }
         });
         let stats = map.stats();
-        let counted = stats.calls + stats.joined + stats.hits;
-        let uncounted = uncounted.left.into_inner() + uncounted.cancelled.into_inner();
-        assert_eq!(counted + uncounted, THREADS * REQUESTS);
-        assert_eq!((stats.in_flight, stats.retained), (0, map.keys() as u64));
+        let counted = stats.calls + stats.joined + stats.hits + stats.timeouts + stats.cancelled;
+        assert_eq!(counted, THREADS * REQUESTS, "{stats:?}");
+        assert_eq!((stats.in_flight, map.flights().len()), (0, 0));
+        // The sweeper may be dropping something.
+        eventually(|| {
+            map.expire();
+            map.stats().retained == retained(&map)
+        });
+        assert_eq!(map.keys() as u64, retained(&map));
         map.clear();
         assert_eq!((map.keys(), map.stats().retained), (0, 0));
 
@@ -167,6 +200,23 @@ fn every_request_is_counted_once_and_every_outcome_dropped_once() {
         values.sort_unstable();
         assert_eq!(values, (0..made.into_inner()).collect::<Vec<_>>());
     });
+}
+
+#[test]
+fn requests_and_outcomes_add_up() {
+    every_request_is_counted_once_and_every_outcome_dropped_once(Settings::default());
+}
+
+#[test]
+fn requests_and_outcomes_add_up_though_there_is_room_for_few() {
+    let settings = Settings { max_retained: Some(2), ..Settings::default() };
+    every_request_is_counted_once_and_every_outcome_dropped_once(settings);
+}
+
+#[test]
+fn requests_and_outcomes_add_up_though_flights_are_soon_too_old() {
+    let settings = Settings { max_flight: HOUR, ..Settings::default() };
+    every_request_is_counted_once_and_every_outcome_dropped_once(settings);
 }
 
 #[test]

@@ -5,12 +5,23 @@
 //! did, hold it (`support::Clock`).
 #![cfg(not(loom))]
 
+mod cancel;
+mod circle;
 mod clear;
 mod counters;
 mod election;
+mod finishes;
+mod forget;
 mod hand_over;
 mod keys;
+mod offers;
+mod ops;
+mod over_age;
+mod overview;
+mod put;
+mod requests;
 mod retention;
+mod room;
 mod stale_lead;
 mod support;
 mod tasks;

@@ -9,10 +9,13 @@ use std::thread;
 use std::time::Duration;
 
 use llm_batch_coalesce::clock::{self, Nanos};
+use llm_batch_coalesce::expiry;
 use llm_batch_coalesce::family::Family;
 use llm_batch_coalesce::flight::{Flight, Standing};
 use llm_batch_coalesce::map::{Found, Lead, Map, Place};
 use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Origin, Waiter, Wakeup};
+
+use crate::ops;
 
 pub(crate) const SECOND: Nanos = 1_000_000_000;
 
@@ -62,6 +65,8 @@ impl Clock {
     #[expect(clippy::unused_self, reason = "only who holds the clock moves it")]
     pub(crate) fn advance(&self, nanos: Nanos) {
         clock::advance(Duration::from_nanos(nanos));
+        // Else it would sleep on for as long as the clock said that it had to.
+        expiry::wake_now();
     }
 }
 
@@ -97,6 +102,8 @@ impl Drop for Outcome {
 pub(crate) struct Task {
     name: u64,
     woken: Sender<u64>,
+    /// Whether its loop is closed.
+    lost: bool,
 }
 
 /// Makes tasks and tells which of them have been woken.
@@ -112,7 +119,12 @@ impl Tasks {
     }
 
     pub(crate) fn task(&self, name: u64) -> Task {
-        Task { name, woken: self.sender.clone() }
+        Task { name, woken: self.sender.clone(), lost: false }
+    }
+
+    /// One whose loop is closed.
+    pub(crate) fn lost(&self, name: u64) -> Task {
+        Task { lost: true, ..self.task(name) }
     }
 
     /// Those that were woken since the last look, by name; one that was woken twice is there twice.
@@ -180,8 +192,12 @@ impl<const FAN: usize> Family for Plain<FAN> {
         assert!(!call.cancelled.swap(true, SeqCst), "a call was cancelled twice");
     }
 
-    fn task_is_lost(_: &Self::Task) -> bool {
-        false
+    fn task_is_lost(task: &Self::Task) -> bool {
+        task.lost
+    }
+
+    fn report_over_age(name: Option<&str>, key: &u64, age: Duration) {
+        ops::note_report(name, *key, age);
     }
 
     fn call_is_lost(call: &Arc<Call>) -> bool {
@@ -189,7 +205,7 @@ impl<const FAN: usize> Family for Plain<FAN> {
     }
 }
 
-fn hash(key: u64) -> u64 {
+pub(crate) fn hash(key: u64) -> u64 {
     key.wrapping_mul(0x9E37_79B9_7F4A_7C15)
 }
 

@@ -8,14 +8,24 @@
 //! 3. `baton`: a landed flight reaches every thread that waits for it, however the others leave.
 //! 4. `lead`: of all that may end a flight one does, and a stale lead publishes nothing.
 //! 5. `watch`: a caller that depends on another event loop is looked after from the moment that it waits.
+//! 6. `hand_over`: a lead that is given up reaches a waiter that can take it, and one only, though others withdraw it.
+//! 7. `forget`: what was under way when its key was forgotten is never found again, and takes nothing from anybody.
+//! 8. `cancel`: every waiter is served or cancelled, never both; nothing of what was cancelled is retained.
+//! 9. `put`: what is put is what is found from then on, whatever lands at that moment.
+//! 10. `room`: of outcomes that come at once as many are dropped as are too many, and what goes makes room once.
 //!
 //! Run with `RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 CARGO_TARGET_DIR=target/loom cargo test
 //! --no-default-features --test loom`. A model that fails names the broken promise; a deadlock is a lost wakeup.
 #![cfg(loom)]
 
 mod baton;
+mod cancel;
 mod election;
+mod forget;
+mod hand_over;
 mod lead;
 mod outcome;
+mod put;
+mod room;
 mod support;
 mod watch;

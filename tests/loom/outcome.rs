@@ -3,13 +3,14 @@
 //! Loom checks every access to the outcome's cell: a read that may overlap a write fails the model.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use llm_batch_coalesce::clock::{self, FOREVER};
 use llm_batch_coalesce::flight::State;
 use loom::thread;
 
-use crate::support::{Served, Turn, hit, join, join_as_task, lead, new_map, request, sit, turn};
+use crate::support::{
+    SECOND, Served, Turn, hit, hold_clock, join, join_as_task, lead, new_map, request, sit, turn,
+};
 
 #[test]
 fn a_hit_sees_the_whole_outcome() {
@@ -104,10 +105,11 @@ fn clear_takes_nothing_from_a_waiter_and_leaves_nothing_behind() {
 
 #[test]
 fn what_expires_takes_no_newer_flight_of_its_key_along() {
+    let _clock = hold_clock();
     loom::model(|| {
         let map = new_map();
         assert!(lead(&map).complete(Arc::new(1), 1, false));
-        clock::advance(Duration::from_secs(1));
+        clock::advance(SECOND);
         let sweeper = {
             let map = Arc::clone(&map);
             thread::spawn(move || map.keys())

@@ -3,14 +3,17 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use llm_batch_coalesce::clock::Nanos;
+use llm_batch_coalesce::clock::{FOREVER, Nanos};
 use llm_batch_coalesce::family::Family;
 use llm_batch_coalesce::flight::{Flight, Standing};
 use llm_batch_coalesce::map::{Found, Lead, Map, Place, Settings};
 use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Origin, Waiter, Wakeup};
 
 pub(crate) const KEY: u64 = 1;
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const LOOP: usize = 1;
 
 pub(crate) struct Plain;
@@ -32,12 +35,18 @@ impl FakeCall {
     }
 }
 
+/// A waiter that no thread parks for.
+pub(crate) enum Task {
+    Living,
+    OfClosedLoop,
+}
+
 impl Family for Plain {
     type Key = u64;
     /// Its count tells how many handles there are.
     type Outcome = Arc<u64>;
     type Error = Infallible;
-    type Task = ();
+    type Task = Task;
     type Call = Arc<FakeCall>;
 
     fn wake_fan() -> usize {
@@ -55,11 +64,11 @@ impl Family for Plain {
     }
 
     fn cancel_call(call: Arc<FakeCall>) {
-        call.cancelled.store(true, SeqCst);
+        assert!(!call.cancelled.swap(true, SeqCst), "a call was cancelled twice");
     }
 
-    fn task_is_lost(_: &Self::Task) -> bool {
-        false
+    fn task_is_lost(task: &Task) -> bool {
+        matches!(task, Task::OfClosedLoop)
     }
 
     fn call_is_lost(call: &Arc<FakeCall>) -> bool {
@@ -125,7 +134,15 @@ pub(crate) fn join(map: &Arc<Map<Plain>>, flight: &Arc<Flight<Plain>>) -> Option
 
 /// A place whose waiter no thread parks for.
 pub(crate) fn join_as_task(map: &Arc<Map<Plain>>, flight: &Arc<Flight<Plain>>) -> Option<Place<Plain>> {
-    map.join(flight, NO_LOOP, Wakeup::Task(()))
+    join_as(map, flight, Task::Living)
+}
+
+pub(crate) fn join_as(
+    map: &Arc<Map<Plain>>,
+    flight: &Arc<Flight<Plain>>,
+    task: Task,
+) -> Option<Place<Plain>> {
+    map.join(flight, NO_LOOP, Wakeup::Task(task))
 }
 
 /// How a request was served.
@@ -133,6 +150,7 @@ pub(crate) fn join_as_task(map: &Arc<Map<Plain>>, flight: &Arc<Flight<Plain>>) -
 pub(crate) enum Served {
     Led,
     Shared(u64),
+    Cancelled,
 }
 
 /// Gets an outcome, with `own` and `ttl` if it has to lead.
@@ -156,12 +174,51 @@ pub(crate) fn request(map: &Arc<Map<Plain>>, own: u64, ttl: Nanos) -> Served {
 /// Waits in a place for the outcome, or for the lead.
 pub(crate) fn sit(place: &Place<Plain>, own: u64, ttl: Nanos) -> Served {
     match place.wait() {
-        Standing::Landed => Served::Shared(**place.outcome().expect("it has landed")),
+        Standing::Landed => {
+            place.count_joined();
+            Served::Shared(**place.outcome().expect("it has landed"))
+        }
         Standing::Offered => {
-            let lead = place.take_lead(0).expect("nobody else was offered it");
+            let Some(lead) = place.take_lead(0) else {
+                assert_eq!(place.standing(), Standing::Cancelled, "nobody else was offered it");
+                return Served::Cancelled;
+            };
             assert!(lead.complete(Arc::new(own), ttl, false));
             Served::Led
         }
+        Standing::Cancelled => Served::Cancelled,
         other => panic!("a thread that waits cannot be {other:?}"),
     }
+}
+
+pub(crate) fn put(map: &Arc<Map<Plain>>, value: u64) {
+    let Ok(()) = map.put(KEY, KEY, Arc::new(value), FOREVER);
+}
+
+pub(crate) fn forget(map: &Map<Plain>) -> bool {
+    let Ok(there) = map.forget(KEY, &KEY);
+    there
+}
+
+pub(crate) fn cancel(map: &Arc<Map<Plain>>) -> bool {
+    let Ok(in_flight) = map.cancel(KEY, &KEY);
+    in_flight
+}
+
+/// What the requests have ended in, all told.
+pub(crate) fn requests(map: &Map<Plain>) -> u64 {
+    let stats = map.stats();
+    stats.calls + stats.joined + stats.hits + stats.timeouts + stats.cancelled
+}
+
+/// Flights under way, retained outcomes, and keys.
+pub(crate) fn load(map: &Map<Plain>) -> (u64, u64, usize) {
+    let stats = map.stats();
+    (stats.in_flight, stats.retained, map.keys())
+}
+
+/// The right to move the clock, which all models share; those that would notice hold it, too.
+pub(crate) fn hold_clock() -> MutexGuard<'static, ()> {
+    static CLOCK: Mutex<()> = Mutex::new(());
+    CLOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }

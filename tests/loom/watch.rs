@@ -5,10 +5,11 @@ use std::sync::Arc;
 use llm_batch_coalesce::flight::Standing;
 use loom::thread;
 
-use crate::support::{FakeCall, LOOP, join_as_task, lead_on, new_map};
+use crate::support::{FakeCall, LOOP, hold_clock, join_as_task, lead_on, new_map};
 
 #[test]
 fn a_look_of_the_sweeper_does_not_miss_who_joins_meanwhile() {
+    let _clock = hold_clock();
     loom::model(|| {
         let map = new_map();
         let leads = lead_on(&map, LOOP);
@@ -29,6 +30,7 @@ fn a_look_of_the_sweeper_does_not_miss_who_joins_meanwhile() {
 
 #[test]
 fn who_joins_before_the_call_is_known_is_looked_after_too() {
+    let _clock = hold_clock();
     loom::model(|| {
         let map = new_map();
         let leads = lead_on(&map, LOOP);
