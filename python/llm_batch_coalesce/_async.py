@@ -148,10 +148,26 @@ class AsyncBatchCoalescer(Face):
             TypeError: If the key is unhashable, `fn` is not callable or a number is none.
             ValueError: If a number of seconds is negative or NaN.
         """
-        found = self._begin(key, fn, timeout, ttl_seconds)
+        if timeout is None and ttl_seconds is None:
+            found = self._begin(key, fn)
+        else:
+            found = self._begin_with(key, fn, timeout, ttl_seconds)
         if type(found) is not Ticket:
             return found  # type: ignore[no-any-return]
-        return await self._follow(found, self._begin, key, fn, timeout, ttl_seconds)  # type: ignore[no-any-return]
+        # What most callers do is done here, since each coroutine in between costs when a thousand tasks wake.
+        future = found.future
+        if future is not None and timeout is None:
+            try:
+                await future
+            except BaseException:
+                found.leave()
+                raise
+            outcome = found.outcome()
+            if outcome is not found:
+                return outcome  # type: ignore[no-any-return]
+            if not found.leads:
+                found = self._begin_with(key, fn, timeout, ttl_seconds)
+        return await self._follow(found, key, fn, timeout, ttl_seconds)  # type: ignore[no-any-return]
 
     @overload
     async def outcome(
@@ -194,52 +210,49 @@ class AsyncBatchCoalescer(Face):
         Raises:
             Exception: As in `get_or_call`.
         """
-        found = self._begin_outcome(key, fn, timeout, ttl_seconds)
-        if type(found) is not Ticket:
-            return found  # type: ignore[no-any-return]
-        follow = self._follow(found, self._begin_outcome, key, fn, timeout, ttl_seconds)
+        found = self._begin_with(key, fn, timeout, ttl_seconds, detailed=True)
+        follow = self._follow(found, key, fn, timeout, ttl_seconds, detailed=True)
         return await follow  # type: ignore[no-any-return]
 
-    async def _follow(  # noqa: PLR0913, PLR0917 - all that the request was made of
+    async def _follow(  # noqa: PLR0913 - all that the request was made of
         self,
-        ticket: Ticket,
-        begin: Callable[..., Any],
+        found: Any,  # noqa: ANN401 - a ticket, or what the caller gets
         key: Hashable,
         fn: Callable[[], Awaitable[Any]],
         timeout: float | None,
         ttl_seconds: float | None,
+        *,
+        detailed: bool = False,
     ) -> Any:  # noqa: ANN401 - a value or an `Outcome`
         """Do what a ticket tells, until there is an outcome."""
         # Not every loop knows when infinity is.
         limit = None if timeout is None or math.isinf(timeout) else float(timeout)
         until: float | None = None
-        while True:
-            future = ticket.future
-            if future is not None:
-                timed_out = False
-                try:
-                    if limit is None:
+        while type(found) is Ticket:
+            if found.leads:
+                return await self._lead(found, fn)
+            future: Any = found.future
+            timed_out = False
+            try:
+                if limit is None:
+                    await future
+                else:
+                    until = until or asyncio.get_running_loop().time() + limit
+                    async with asyncio.timeout_at(until):
                         await future
-                    else:
-                        until = until or asyncio.get_running_loop().time() + limit
-                        async with asyncio.timeout_at(until):
-                            await future
-                except TimeoutError:
-                    timed_out = True
-                except BaseException:
-                    ticket.leave()
-                    raise
-                if timed_out:
-                    ticket.time_out(timeout)
-                outcome = ticket.outcome()
-                if outcome is not ticket:
-                    return outcome
-            if ticket.leads:
-                return await self._lead(ticket, fn)
-            found = begin(key, fn, timeout, ttl_seconds)
-            if type(found) is not Ticket:
-                return found
-            ticket = found
+            except TimeoutError:
+                timed_out = True
+            except BaseException:
+                found.leave()
+                raise
+            if timed_out:
+                found.time_out(timeout)
+            outcome = found.outcome()
+            if outcome is not found:
+                return outcome
+            if not found.leads:
+                found = self._begin_with(key, fn, timeout, ttl_seconds, detailed=detailed)
+        return found
 
     async def _lead(self, ticket: Ticket, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as above
         loop = asyncio.get_running_loop()

@@ -130,21 +130,16 @@ class Coalescer:
             ReferenceType[asyncio.Task[Any]] | None,
         ]
     ]: ...
-    def _begin(
+    def _begin(self, key: Hashable, fn: Callable[[], Awaitable[Any]], /) -> Any: ...
+    def _begin_with(
         self,
         key: Hashable,
         fn: Callable[[], Awaitable[Any]],
-        timeout: float | None = None,
-        ttl_seconds: float | None = None,
+        timeout: float | None,
+        ttl_seconds: float | None,
         /,
-    ) -> Any: ...
-    def _begin_outcome(
-        self,
-        key: Hashable,
-        fn: Callable[[], Awaitable[Any]],
-        timeout: float | None = None,
-        ttl_seconds: float | None = None,
-        /,
+        *,
+        detailed: bool = False,
     ) -> Any: ...
     def _waiters(self, key: Hashable) -> int: ...
 

@@ -63,7 +63,8 @@ pub(super) struct Request {
 }
 
 impl Request {
-    #[inline]
+    pub(super) const PLAIN: Self = Self { patience: Patience::Endless, ttl: None, detailed: false };
+
     pub(super) fn new(
         timeout: Option<&Bound<'_, PyAny>>,
         ttl_seconds: Option<&Bound<'_, PyAny>>,
@@ -284,34 +285,33 @@ impl Coalescer {
     }
 
     /// Serves a task: the value of a hit, or a ticket for what there is to do.
-    #[pyo3(signature = (key, r#fn, timeout = None, ttl_seconds = None, /))]
+    #[pyo3(signature = (key, r#fn, /))]
     fn _begin<'py>(
         slf: &Bound<'py, Self>,
         key: &Bound<'py, PyAny>,
         r#fn: &Bound<'py, PyAny>,
-        timeout: Option<&Bound<'py, PyAny>>,
-        ttl_seconds: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let request = Request::new(timeout, ttl_seconds, false)?;
         let hash = key::hash(key)?;
         let map = slf.get().map();
-        match find_value(map, hash, key)? {
-            Found::Hit(shared) => shared.into_result(),
-            Found::Pending(flight) => Self::begin(slf, map, Found::Pending(flight), hash, key, r#fn, request),
-            Found::Nothing => Self::begin(slf, map, Found::Nothing, hash, key, r#fn, request),
-        }
+        let found = match find_value(map, hash, key)? {
+            Found::Hit(shared) => return shared.into_result(),
+            Found::Pending(flight) => Found::Pending(flight),
+            Found::Nothing => Found::Nothing,
+        };
+        Self::begin(slf, map, found, hash, key, r#fn, Request::PLAIN)
     }
 
-    /// The same for one that wants an `Outcome`.
-    #[pyo3(signature = (key, r#fn, timeout = None, ttl_seconds = None, /))]
-    fn _begin_outcome<'py>(
+    /// The same for one that wants more than a value by and by; `detailed` is for an `Outcome`.
+    #[pyo3(signature = (key, r#fn, timeout, ttl_seconds, /, *, detailed = false))]
+    fn _begin_with<'py>(
         slf: &Bound<'py, Self>,
         key: &Bound<'py, PyAny>,
         r#fn: &Bound<'py, PyAny>,
         timeout: Option<&Bound<'py, PyAny>>,
         ttl_seconds: Option<&Bound<'py, PyAny>>,
+        detailed: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let request = Request::new(timeout, ttl_seconds, true)?;
+        let request = Request::new(timeout, ttl_seconds, detailed)?;
         let hash = key::hash(key)?;
         let map = slf.get().map();
         Self::begin(slf, map, find(map, hash, key)?, hash, key, r#fn, request)
@@ -405,7 +405,9 @@ impl Coalescer {
         request: Request,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
-        options::callable("fn", r#fn)?;
+        if !matches!(found, Found::Hit(_)) {
+            options::callable("fn", r#fn)?;
+        }
         let event_loop = running_loop(py)?;
         let loop_id = event_loop.as_ptr().addr();
         loop {

@@ -44,12 +44,17 @@ impl<'py> Shared<'py> {
     pub(super) fn into_result(self) -> PyResult<Bound<'py, PyAny>> {
         match self {
             Self::Value(value) => Ok(value),
-            Self::Error(template) => {
-                let copy = ffi::call(Hooks::get(template.py())?.copy_error.bind(template.py()), [&template])?;
-                Err(PyErr::from_value(copy))
-            }
+            Self::Error(template) => Err(copied(&template)),
         }
     }
+}
+
+/// A copy of an error, for one caller to raise.
+#[cold]
+fn copied(template: &Bound<'_, PyAny>) -> PyErr {
+    let py = template.py();
+    let copy = Hooks::get(py).and_then(|hooks| ffi::call(hooks.copy_error.bind(py), [template]));
+    copy.map_or_else(|error| error, PyErr::from_value)
 }
 
 /// A waiter's own future, and the loop that it belongs to.

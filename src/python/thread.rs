@@ -65,17 +65,17 @@ impl ThreadCoalescer {
         timeout: Option<&Bound<'py, PyAny>>,
         ttl_seconds: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let request = Request::new(timeout, ttl_seconds, false)?;
+        if timeout.is_some() || ttl_seconds.is_some() {
+            return ask(slf.as_super(), key, r#fn, timeout, ttl_seconds, false);
+        }
+        // All that a hit needs, and nothing else.
         let hash = key::hash(key)?;
-        let this = slf.as_super();
-        let map = this.get().map();
-        let found = match find_value(map, hash, key)? {
-            Found::Hit(shared) => return shared.into_result(),
-            Found::Pending(flight) => Found::Pending(flight),
-            Found::Nothing => Found::Nothing,
-        };
-        let asked = Asked { coalescer: this, hash, key, r#fn, timeout, request };
-        asked.follow(map, found)?.into_result(slf.py(), false)
+        let map = slf.as_super().get().map();
+        match find_value(map, hash, key)? {
+            Found::Hit(shared) => shared.into_result(),
+            Found::Pending(flight) => missed(slf.as_super(), map, Found::Pending(flight), hash, key, r#fn),
+            Found::Nothing => missed(slf.as_super(), map, Found::Nothing, hash, key, r#fn),
+        }
     }
 
     /// The same with what is known of the flight.
@@ -87,14 +87,38 @@ impl ThreadCoalescer {
         timeout: Option<&Bound<'py, PyAny>>,
         ttl_seconds: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let request = Request::new(timeout, ttl_seconds, true)?;
-        let hash = key::hash(key)?;
-        let this = slf.as_super();
-        let map = this.get().map();
-        let found = find(map, hash, key)?;
-        let asked = Asked { coalescer: this, hash, key, r#fn, timeout, request };
-        asked.follow(map, found)?.into_result(slf.py(), true)
+        ask(slf.as_super(), key, r#fn, timeout, ttl_seconds, true)
     }
+}
+
+#[cold]
+fn ask<'py>(
+    coalescer: &Bound<'py, Coalescer>,
+    key: &Bound<'py, PyAny>,
+    r#fn: &Bound<'py, PyAny>,
+    timeout: Option<&Bound<'py, PyAny>>,
+    ttl_seconds: Option<&Bound<'py, PyAny>>,
+    detailed: bool,
+) -> PyResult<Bound<'py, PyAny>> {
+    let request = Request::new(timeout, ttl_seconds, detailed)?;
+    let hash = key::hash(key)?;
+    let map = coalescer.get().map();
+    let found = find(map, hash, key)?;
+    let asked = Asked { coalescer, hash, key, r#fn, timeout, request };
+    asked.follow(map, found)?.into_result(key.py(), detailed)
+}
+
+#[cold]
+fn missed<'py>(
+    coalescer: &Bound<'py, Coalescer>,
+    map: &Arc<Map<Python3>>,
+    found: Found<Python3, Answer<'py>>,
+    hash: u64,
+    key: &Bound<'py, PyAny>,
+    r#fn: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let asked = Asked { coalescer, hash, key, r#fn, timeout: None, request: Request::PLAIN };
+    asked.follow(map, found)?.into_result(key.py(), false)
 }
 
 /// A request of a thread.
@@ -108,14 +132,15 @@ struct Asked<'a, 'py> {
 }
 
 impl<'a, 'py> Asked<'a, 'py> {
-    #[cold]
     fn follow(
         &self,
         mut map: &'a Arc<Map<Python3>>,
         mut found: Found<Python3, Answer<'py>>,
     ) -> PyResult<Answer<'py>> {
         let this = self.coalescer.get();
-        options::callable("fn", self.r#fn)?;
+        if !matches!(found, Found::Hit(_)) {
+            options::callable("fn", self.r#fn)?;
+        }
         let mut until = None;
         loop {
             match found {
