@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import traceback
-import weakref
 
 import pytest
 from faces import AskedInThread, HeldInThread, refused
 from loops import PATIENCE, HeldCall, LoopThread, wait_for_waiters
+from watching import Freed
 
 from llm_batch_coalesce import BatchCoalescer, Stats, _core
 
@@ -63,17 +63,6 @@ class Child:
 
 class Thing:
     """Something that can be watched."""
-
-
-def freed(thing):
-    event = threading.Event()
-    weakref.finalize(thing, event.set)
-    return event
-
-
-def is_freed(event):
-    """In small steps: a free-threaded build lets the thread that made an object free it."""
-    return any(event.wait(0.01) for _ in range(1_000))
 
 
 @pytest.fixture
@@ -164,21 +153,21 @@ def test_what_is_retained_stays_in_the_child_and_expires_there(coalescer):
 
 def test_what_expires_in_the_child_is_freed_there_with_nobody_calling(coalescer):
     things = [Thing() for _ in range(10)]
-    before = [freed(thing) for thing in things]
+    before = [Freed(thing) for thing in things]
     while things:
         coalescer.put(len(things), things.pop())
     with Child() as child:
         if child.fork():
             thing = Thing()
-            after = freed(thing)
+            after = Freed(thing)
             coalescer.put("child's", thing)
             del thing
             assert not any(event.is_set() for event in [*before, after])
             _core._advance_clock(101)
-            assert all(is_freed(event) for event in [*before, after])
+            assert all(event.wait() for event in [*before, after])
     assert not any(event.is_set() for event in before)
     coalescer.clear()
-    assert all(is_freed(event) for event in before)
+    assert all(event.wait() for event in before)
 
 
 def test_a_thread_that_was_looking_for_a_key_when_the_parent_forked_keeps_nothing_of_the_childs_alive(coalescer):
@@ -200,11 +189,11 @@ def test_a_thread_that_was_looking_for_a_key_when_the_parent_forked_keeps_nothin
             events = []
             for key in range(100):
                 thing = Thing()
-                events.append(freed(thing))
+                events.append(Freed(thing))
                 coalescer.put(key, thing)
             del thing
             _core._advance_clock(101)
-            assert all(is_freed(event) for event in events)
+            assert all(event.wait() for event in events)
     go_on.set()
     assert asked.result() == "value"
 
@@ -248,9 +237,9 @@ def test_a_child_may_fork_again_whether_it_has_asked_for_anything_or_not(coalesc
                     assert coalescer.get_or_call("from the parent", refused) == 1
                     assert coalescer.peek("from the child") == (2 if asks else None)
                     assert serve(coalescer, crews(), "k") == 1
-                    event = freed(coalescer.get_or_call("thing", Thing))
+                    event = Freed(coalescer.get_or_call("thing", Thing))
                     _core._advance_clock(101)
-                    assert is_freed(event)
+                    assert event.wait()
             assert serve(coalescer, crews(), "k") == 1
     assert "from the child" not in coalescer
 

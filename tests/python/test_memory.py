@@ -6,6 +6,7 @@ import threading
 import weakref
 
 import pytest
+from watching import Flag, Freed
 
 from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, _core
 
@@ -14,23 +15,15 @@ class Thing:
     """Something that can be watched and can refer to anything."""
 
 
-def freed(thing):
-    """An event that is set when the thing is freed."""
-    event = threading.Event()
-    weakref.finalize(thing, event.set)
-    return event
-
-
 def retain(coalescer, key="k"):
     """Retain a new thing; its event."""
     thing = Thing()
     coalescer.get_or_call(key, lambda: thing)
-    return freed(thing)
+    return Freed(thing)
 
 
 def all_freed(events):
-    """Wait until all are. In small steps: a free-threaded build lets the thread that made an object free it."""
-    return all(any(event.wait(0.01) for _ in range(1_000)) for event in events)
+    return all(event.wait() for event in events)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +38,7 @@ def no_collections():
 def test_expired_keys_and_values_are_freed_with_nobody_calling():
     coalescer = BatchCoalescer(ttl_seconds=100.0)
     key = Thing()
-    events = [freed(key), retain(coalescer, key)]
+    events = [Freed(key), retain(coalescer, key)]
     del key
     assert not any(event.is_set() for event in events)
     _core._advance_clock(101.0)
@@ -64,7 +57,7 @@ def test_ten_thousand_values_are_freed_by_the_sweeper():
     for number in range(10_000):
         coalescer.get_or_call(number, make)
     assert len(alive) == 10_000
-    last = freed(coalescer.get_or_call("last", make))
+    last = Freed(coalescer.get_or_call("last", make))
     _core._advance_clock(101.0)
     assert all_freed([last])
     pause = threading.Event()
@@ -108,7 +101,7 @@ def test_an_outcome_that_is_not_retained_is_freed_with_its_last_caller(crews):
         entered.set()
         assert released.wait(30)
         thing = Thing()
-        events.append(freed(thing))
+        events.append(Freed(thing))
         return thing
 
     def ask(_):
@@ -130,7 +123,7 @@ def test_an_outcome_that_is_not_retained_is_freed_with_its_last_caller(crews):
 def test_a_dropped_coalescer_frees_its_keys_and_values():
     coalescer = BatchCoalescer(ttl_seconds=float("inf"))
     key = Thing()
-    events = [freed(key), retain(coalescer, key)]
+    events = [Freed(key), retain(coalescer, key)]
     del key, coalescer
     assert all(event.is_set() for event in events)
 
@@ -151,7 +144,7 @@ def test_keys_and_values_that_refer_to_the_coalescer_are_collected(kind, place):
                 return value
 
             asyncio.run(coalescer.get_or_call(key, call))
-        return [freed(coalescer), freed(thing)]
+        return [Freed(coalescer), Freed(thing)]
 
     events = make()
     assert not any(event.is_set() for event in events)
@@ -165,7 +158,7 @@ def test_retained_errors_keep_no_frames_alive():
 
     def fail():
         local = Thing()
-        events.append(freed(local))
+        events.append(Freed(local))
         try:
             raise KeyError("cause")
         except KeyError as cause:
@@ -188,7 +181,7 @@ def test_clear_frees_what_was_retained():
 
 def test_a_finalizer_may_use_the_coalescer():
     coalescer = BatchCoalescer(ttl_seconds=100.0)
-    done = threading.Event()
+    done = Flag()
 
     class Last:
         def __del__(self):
