@@ -18,15 +18,14 @@ it. These are the rules.
 
 import asyncio
 import contextlib
-import math
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
 from inspect import isawaitable
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 from weakref import ReferenceType
 
-from llm_batch_coalesce._core import Retain, Ticket, Token
+from llm_batch_coalesce._core import Coalescer, Retain, Ticket, Token
 from llm_batch_coalesce._errors import CallResultError
 from llm_batch_coalesce._face import Face
 from llm_batch_coalesce._reports import Outcome
@@ -85,15 +84,35 @@ class AsyncBatchCoalescer(Face):
 
     def __init__(  # noqa: PLR0913 - they are options, given by name
         self,
-        ttl_seconds: float = 5.0,  # noqa: ARG002 - checked and kept by the core's `__new__`, like all of them
+        ttl_seconds: float = 5.0,
         *,
-        error_ttl_seconds: float | Callable[[Any], float | None] | None = None,  # noqa: ARG002
-        private_errors: type[BaseException] | Iterable[type[BaseException]] = (),  # noqa: ARG002
-        max_flight_seconds: float | None = None,  # noqa: ARG002
-        max_retained: int | None = None,  # noqa: ARG002
-        on_abandoned: Literal["cancel", "finish"] = "cancel",  # noqa: ARG002
-        name: str | None = None,  # noqa: ARG002
+        error_ttl_seconds: float | Callable[[Any], float | None] | None = None,
+        private_errors: type[BaseException] | Iterable[type[BaseException]] = (),
+        max_flight_seconds: float | None = None,
+        max_retained: int | None = None,
+        on_abandoned: Literal["cancel", "finish"] = "cancel",
+        name: str | None = None,
     ) -> None:
+        super().__init__(
+            ttl_seconds,
+            error_ttl_seconds=error_ttl_seconds,
+            private_errors=private_errors,
+            max_flight_seconds=max_flight_seconds,
+            max_retained=max_retained,
+            on_abandoned=on_abandoned,
+            name=name,
+        )
+        self._begin_holding()
+
+    @classmethod
+    def _on(cls, other: Coalescer, on_abandoned: Literal["cancel", "finish"]) -> Self:
+        """Make another face of a coalescer."""
+        face = cls.__new__(cls)
+        face._face_of(other, on_abandoned)  # noqa: SLF001 - it is one of this class
+        face._begin_holding()  # noqa: SLF001
+        return face
+
+    def _begin_holding(self) -> None:
         # A task that nobody holds is collected in mid-call.
         self._tasks = set()
         self._prune_at = 64
@@ -225,13 +244,12 @@ class AsyncBatchCoalescer(Face):
         detailed: bool = False,
     ) -> Any:  # noqa: ANN401 - a value or an `Outcome`
         """Do what a ticket tells, until there is an outcome."""
-        # Not every loop knows when infinity is.
-        limit = None if timeout is None or math.isinf(timeout) else float(timeout)
         until: float | None = None
         while type(found) is Ticket:
             if found.leads:
                 return await self._lead(found, fn)
             future: Any = found.future
+            limit = found.limit
             timed_out = False
             try:
                 if limit is None:
@@ -296,7 +314,9 @@ class AsyncBatchCoalescer(Face):
         """
         from llm_batch_coalesce._sync import BatchCoalescer  # noqa: PLC0415 - the two refer to each other
 
-        return BatchCoalescer.__new__(BatchCoalescer, face_of=self)  # type: ignore[call-arg]
+        face = BatchCoalescer.__new__(BatchCoalescer)
+        face._face_of(self, "cancel")  # noqa: SLF001 - the two are one
+        return face
 
     def _hold(self, task: _CallTask) -> None:
         self._tasks.add(task)

@@ -32,8 +32,8 @@ __version__: Final[str]
 class Coalescer:
     """What both kinds of coalescer have: the map, the options, and the questions about them."""
 
-    def __new__(
-        cls,
+    def __init__(
+        self,
         ttl_seconds: float = 5.0,
         *,
         error_ttl_seconds: float | Callable[[Any], float | None] | None = None,
@@ -42,7 +42,7 @@ class Coalescer:
         max_retained: int | None = None,
         on_abandoned: Literal["cancel", "finish"] = "cancel",
         name: str | None = None,
-    ) -> Self: ...
+    ) -> None: ...
     @property
     def name(self) -> str | None:
         """The name given to the constructor."""
@@ -117,6 +117,7 @@ class Coalescer:
     def reset_stats(self) -> None:
         """Count from zero. `in_flight` and `retained` are no counts and stay as they are."""
 
+    def _face_of(self, other: Coalescer, on_abandoned: Literal["cancel", "finish"]) -> None: ...
     def _stats(self) -> tuple[int, int, int, int, int, int, int, int, int, int]: ...
     def _flights(
         self,
@@ -146,8 +147,8 @@ class Coalescer:
 class ThreadCoalescer(Coalescer):
     """The coalescer of threads."""
 
-    def __new__(
-        cls,
+    def __init__(
+        self,
         ttl_seconds: float = 5.0,
         *,
         error_ttl_seconds: float | Callable[[Any], float | None] | None = None,
@@ -155,7 +156,7 @@ class ThreadCoalescer(Coalescer):
         max_flight_seconds: float | None = None,
         max_retained: int | None = None,
         name: str | None = None,
-    ) -> Self: ...
+    ) -> None: ...
     @overload
     def get_or_call(
         self,
@@ -262,6 +263,8 @@ class Ticket:
     def leads(self) -> bool: ...
     @property
     def future(self) -> asyncio.Future[None] | None: ...
+    @property
+    def limit(self) -> float | None: ...
     def token(self, coalescer: Coalescer) -> Token: ...
     def wait_with(self, event_loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> bool: ...
     def outcome(self) -> Any: ...

@@ -184,15 +184,16 @@ def _identity(fn: Callable[..., Any]) -> tuple[Hashable, ...]:
     return (*name, fn)
 
 
+# What a decorator below wraps may have other parameters than the wrapper, which is what gets the arguments.
 if sys.version_info >= (3, 14):
     import annotationlib
 
     def _signature(fn: Callable[..., Any]) -> inspect.Signature:
         # Annotations may name what is not defined yet.
-        return inspect.signature(fn, annotation_format=annotationlib.Format.FORWARDREF)
+        return inspect.signature(fn, follow_wrapped=False, annotation_format=annotationlib.Format.FORWARDREF)
 
 else:
-    _signature = inspect.signature
+    _signature = functools.partial(inspect.signature, follow_wrapped=False)
 
 
 def _default_key(fn: Callable[..., Any]) -> Callable[..., Hashable]:

@@ -48,7 +48,9 @@ class Face(Coalescer):
             key: Makes the key of the call's arguments; what it returns is the key as it is. By default the key is the
                 function's module, its qualified name and its arguments with their defaults, so that `f(1)` and
                 `f(x=1)` are one; arguments must be hashable then, and those of a method include the instance, which
-                a retained outcome keeps alive. Functions that share a name (closures, lambdas) share no key.
+                a retained outcome keeps alive. Functions that share a name (closures, lambdas) share no key. Where
+                another decorator stands below, its wrapper's own parameters count: `f(1)` and `f(x=1)` are two if
+                those are `*args, **kwargs`.
 
         Returns:
             The decorator.

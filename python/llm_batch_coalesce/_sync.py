@@ -56,9 +56,7 @@ class BatchCoalescer(ThreadCoalescer, Face):
         Raises:
             ValueError: If `on_abandoned` is another word.
         """
-        face = AsyncBatchCoalescer.__new__(AsyncBatchCoalescer, on_abandoned=on_abandoned, face_of=self)  # type: ignore[call-arg]
-        AsyncBatchCoalescer.__init__(face)
-        return face
+        return AsyncBatchCoalescer._on(self, on_abandoned)  # noqa: SLF001 - the two are one
 
 
 def refuse(fn: Callable[[], Any], coroutine: Coroutine[Any, Any, Any]) -> CallResultError:

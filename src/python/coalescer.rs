@@ -1,10 +1,12 @@
 //! The base classes of the public coalescers.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyString, PyTuple};
+use pyo3::types::{PyDict, PyString, PyTuple};
 
 use super::family::{Outcome, Python3, Shared, check_interrupt, running_loop};
 use super::hooks::Hooks;
@@ -22,7 +24,13 @@ use crate::waiter::{LoopId, Origin};
 
 /// What both kinds of coalescer have: the map, the options, and the questions about them.
 #[pyclass(frozen, subclass, weakref, module = "llm_batch_coalesce._core")]
+#[derive(Default)]
 pub(super) struct Coalescer {
+    /// Made by `__init__`, so that subclasses may have constructors of their own.
+    made: OnceLock<Made>,
+}
+
+struct Made {
     map: Arc<Map<Python3>>,
     options: Options,
     /// The coalescer whose map this is, if it is another one's.
@@ -32,15 +40,29 @@ pub(super) struct Coalescer {
     may_refer: Arc<AtomicBool>,
 }
 
-struct Options {
-    ttl: Ttl,
-    error_ttl: ErrorTtl,
-    private_errors: Option<Py<PyTuple>>,
-    max_flight: Option<Ttl>,
-    max_retained: Option<u64>,
+pub(super) struct Options {
+    pub(super) ttl: Ttl,
+    pub(super) error_ttl: ErrorTtl,
+    pub(super) private_errors: Option<Py<PyTuple>>,
+    pub(super) max_flight: Option<Ttl>,
+    pub(super) max_retained: Option<u64>,
     /// Whether a call that this coalescer leads on an event loop goes on when all its callers have left.
-    finishes: bool,
-    name: Option<Arc<str>>,
+    pub(super) finishes: bool,
+    pub(super) name: Option<Arc<str>>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            ttl: Ttl::DEFAULT,
+            error_ttl: ErrorTtl::Same,
+            private_errors: None,
+            max_flight: None,
+            max_retained: None,
+            finishes: false,
+            name: None,
+        }
+    }
 }
 
 impl Options {
@@ -50,6 +72,13 @@ impl Options {
             max_flight: self.max_flight.map_or(FOREVER, |limit| limit.nanos),
             max_retained: self.max_retained,
         }
+    }
+}
+
+impl Made {
+    fn new(options: Options) -> Self {
+        let map = Map::new(options.settings());
+        Self { map, options, origin: None, may_refer: Arc::new(AtomicBool::new(false)) }
     }
 }
 
@@ -117,13 +146,18 @@ impl<'py> Answer<'py> {
 #[pymethods]
 impl Coalescer {
     #[new]
-    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, *, error_ttl_seconds = ErrorTtl::Same, private_errors = None,
-        max_flight_seconds = None, max_retained = None, on_abandoned = false, name = None, face_of = None))]
+    #[pyo3(signature = (*_arguments, **_options))]
     #[pyo3(text_signature = "(ttl_seconds=5.0, *, error_ttl_seconds=None, private_errors=(), \
         max_flight_seconds=None, max_retained=None, on_abandoned='cancel', name=None)")]
+    pub(super) fn new(_arguments: &Bound<'_, PyTuple>, _options: Option<&Bound<'_, PyDict>>) -> Self {
+        Self::default()
+    }
+
+    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, *, error_ttl_seconds = ErrorTtl::Same, private_errors = None,
+        max_flight_seconds = None, max_retained = None, on_abandoned = false, name = None))]
     #[expect(clippy::too_many_arguments, reason = "they are options, given by name")]
-    pub(super) fn new(
-        py: Python<'_>,
+    fn __init__(
+        &self,
         #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
         #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: ErrorTtl,
         #[pyo3(from_py_with = options::private_errors)] private_errors: Option<Py<PyTuple>>,
@@ -131,12 +165,8 @@ impl Coalescer {
         #[pyo3(from_py_with = options::max_retained)] max_retained: Option<u64>,
         #[pyo3(from_py_with = options::on_abandoned)] on_abandoned: bool,
         #[pyo3(from_py_with = options::name)] name: Option<Arc<str>>,
-        face_of: Option<Bound<'_, Coalescer>>,
-    ) -> Self {
-        if let Some(other) = face_of {
-            return Self::face_of(py, &other, on_abandoned);
-        }
-        let options = Options {
+    ) -> PyResult<()> {
+        self.make(Options {
             ttl: ttl_seconds,
             error_ttl: error_ttl_seconds,
             private_errors,
@@ -144,15 +174,37 @@ impl Coalescer {
             max_retained,
             finishes: on_abandoned,
             name,
+        })
+    }
+
+    /// Instead of `__init__`: becomes another face of a coalescer, on the same map.
+    fn _face_of(
+        &self,
+        other: &Bound<'_, Self>,
+        #[pyo3(from_py_with = options::on_abandoned)] on_abandoned: bool,
+    ) -> PyResult<()> {
+        let (py, there) = (other.py(), other.get().made());
+        let options = Options {
+            error_ttl: there.options.error_ttl.clone_ref(py),
+            private_errors: there.options.private_errors.as_ref().map(|classes| classes.clone_ref(py)),
+            name: there.options.name.clone(),
+            finishes: on_abandoned,
+            ..there.options
         };
-        let map = Map::new(options.settings());
-        Self { map, options, origin: None, may_refer: Arc::new(AtomicBool::new(false)) }
+        let origin =
+            there.origin.as_ref().map_or_else(|| other.clone().unbind(), |origin| origin.clone_ref(py));
+        self.set(Made {
+            map: Arc::clone(&there.map),
+            options,
+            origin: Some(origin),
+            may_refer: Arc::clone(&there.may_refer),
+        })
     }
 
     /// The name given to the constructor.
     #[getter]
     fn name(&self) -> Option<&str> {
-        self.options.name.as_deref()
+        self.made().options.name.as_deref()
     }
 
     fn __len__(&self) -> usize {
@@ -191,7 +243,7 @@ impl Coalescer {
     ) -> PyResult<()> {
         let hash = key::hash(key)?;
         Retain::refuse(value)?;
-        let ttl = ttl_seconds.unwrap_or(self.options.ttl);
+        let ttl = ttl_seconds.unwrap_or(self.made().options.ttl);
         if ttl.nanos == 0 {
             self.map().forget(hash, key.as_unbound())?;
         } else {
@@ -263,18 +315,18 @@ impl Coalescer {
         // What has expired is not retained, though it may wait for the sweeper.
         this.map().expire();
         let stats = this.map().stats();
-        let name = match this.options.name.as_deref() {
+        let name = match this.made().options.name.as_deref() {
             Some(name) => format!(" {}", PyString::new(slf.py(), name).repr()?),
             None => String::new(),
         };
-        let errors = match &this.options.error_ttl {
+        let errors = match &this.made().options.error_ttl {
             ErrorTtl::Same => String::new(),
             ErrorTtl::Fixed(ttl) => format!(" error_ttl_seconds={}", seconds(*ttl)),
             ErrorTtl::Decided(_) => " error_ttl_seconds=callable".to_owned(),
         };
         Ok(format!(
             "<{class}{name} ttl_seconds={}{errors} in_flight={} retained={} calls={} joined={} hits={} errors={}>",
-            seconds(this.options.ttl),
+            seconds(this.made().options.ttl),
             stats.in_flight,
             stats.retained,
             stats.calls,
@@ -323,22 +375,23 @@ impl Coalescer {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.options.private_errors)?;
-        if let ErrorTtl::Decided(decide) = &self.options.error_ttl {
+        let Some(made) = self.made.get() else { return Ok(()) };
+        visit.call(&made.options.private_errors)?;
+        if let ErrorTtl::Decided(decide) = &made.options.error_ttl {
             visit.call(decide)?;
         }
-        if self.origin.is_some() {
+        if made.origin.is_some() {
             // What the map holds is the origin's.
-            return visit.call(&self.origin);
+            return visit.call(&made.origin);
         }
         let mut result = Ok(());
-        let map = self.map.newest();
+        let map = made.map.newest();
         map.for_each_task(|task| {
             if result.is_ok() {
                 result = visit.call(&task.event_loop).and_then(|()| visit.call(&task.future));
             }
         });
-        if self.may_refer.load(Ordering::Relaxed) {
+        if made.may_refer.load(Ordering::Relaxed) {
             map.for_each(|flight| {
                 if result.is_ok() {
                     result = visit_flight(flight, &visit);
@@ -349,8 +402,8 @@ impl Coalescer {
     }
 
     fn __clear__(&self) {
-        if self.origin.is_none() {
-            self.map.newest().clear();
+        if let Some(made) = self.made.get().filter(|made| made.origin.is_none()) {
+            made.map.newest().clear();
         }
     }
 }
@@ -365,33 +418,28 @@ fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyT
 }
 
 impl Coalescer {
-    /// Another coalescer on the same map.
-    fn face_of(py: Python<'_>, other: &Bound<'_, Self>, finishes: bool) -> Self {
-        let this = other.get();
-        let options = Options {
-            error_ttl: this.options.error_ttl.clone_ref(py),
-            private_errors: this.options.private_errors.as_ref().map(|classes| classes.clone_ref(py)),
-            name: this.options.name.clone(),
-            finishes,
-            ..this.options
-        };
-        let origin =
-            this.origin.as_ref().map_or_else(|| other.clone().unbind(), |origin| origin.clone_ref(py));
-        Self {
-            map: Arc::clone(&this.map),
-            options,
-            origin: Some(origin),
-            may_refer: Arc::clone(&this.may_refer),
-        }
+    pub(super) fn make(&self, options: Options) -> PyResult<()> {
+        self.set(Made::new(options))
+    }
+
+    fn set(&self, made: Made) -> PyResult<()> {
+        let twice = || PyRuntimeError::new_err("a coalescer's __init__ is called once, before its first use");
+        self.made.set(made).map_err(|_| twice())
+    }
+
+    /// A subclass that leaves out `__init__` has the default options.
+    #[inline]
+    fn made(&self) -> &Made {
+        self.made.get_or_init(|| Made::new(Options::default()))
     }
 
     #[inline]
     pub(super) fn map(&self) -> &Arc<Map<Python3>> {
-        self.map.current()
+        self.made().map.current()
     }
 
     pub(super) fn finishes(&self) -> bool {
-        self.options.finishes
+        self.made().options.finishes
     }
 
     #[cold]
@@ -479,7 +527,7 @@ impl Coalescer {
         value: Bound<'py, PyAny>,
         ttl: Option<Ttl>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let (value, ttl) = Retain::open(value, ttl.unwrap_or(self.options.ttl));
+        let (value, ttl) = Retain::open(value, ttl.unwrap_or(self.made().options.ttl));
         self.note(&value);
         lead.complete(Outcome::Value(value.clone().unbind()), ttl.nanos, false);
         check_interrupt()?;
@@ -491,8 +539,9 @@ impl Coalescer {
     #[inline]
     fn note(&self, object: &Bound<'_, PyAny>) {
         // Relaxed: a collection sees all that its own thread or a stopped one has done.
-        if ffi::may_refer(object) && !self.may_refer.load(Ordering::Relaxed) {
-            self.may_refer.store(true, Ordering::Relaxed);
+        let may_refer = &self.made().may_refer;
+        if ffi::may_refer(object) && !may_refer.load(Ordering::Relaxed) {
+            may_refer.store(true, Ordering::Relaxed);
         }
     }
 
@@ -506,24 +555,25 @@ impl Coalescer {
     ) -> PyResult<bool> {
         let py = error.py();
         let (none, nothing) = (py.None().into_bound(py), PyTuple::empty(py));
-        let private = self.options.private_errors.as_ref().map_or(&nothing, |classes| classes.bind(py));
-        let decide = match &self.options.error_ttl {
+        let private =
+            self.made().options.private_errors.as_ref().map_or(&nothing, |classes| classes.bind(py));
+        let decide = match &self.made().options.error_ttl {
             ErrorTtl::Decided(decide) => decide.bind(py),
             ErrorTtl::Same | ErrorTtl::Fixed(_) => &none,
         };
         // If this raises, the lead is dropped and so handed over.
-        let name = self.options.name.as_deref().into_pyobject(py)?;
+        let name = self.made().options.name.as_deref().into_pyobject(py)?;
         let settled = ffi::call(Hooks::get(py)?.settle.bind(py), [error, private, decide, &name])?;
         let delivered = if settled.is_none() {
             lead.abandon(true)
         } else {
             let (template, seconds): (Py<PyAny>, Option<Bound<'_, PyAny>>) = settled.extract()?;
-            let ttl = match (seconds, &self.options.error_ttl) {
+            let ttl = match (seconds, &self.made().options.error_ttl) {
                 (Some(seconds), _) => options::ttl("error_ttl_seconds", &seconds)?,
                 (None, ErrorTtl::Fixed(ttl)) => *ttl,
-                (None, ErrorTtl::Same | ErrorTtl::Decided(_)) => ttl.unwrap_or(self.options.ttl),
+                (None, ErrorTtl::Same | ErrorTtl::Decided(_)) => ttl.unwrap_or(self.made().options.ttl),
             };
-            self.may_refer.store(true, Ordering::Relaxed);
+            self.made().may_refer.store(true, Ordering::Relaxed);
             lead.complete(Outcome::Error(template), ttl.nanos, true);
             true
         };
@@ -533,13 +583,13 @@ impl Coalescer {
 
     pub(super) fn recursive_error(&self, key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
         let py = key.py();
-        let name = self.options.name.as_deref().into_pyobject(py)?;
+        let name = self.made().options.name.as_deref().into_pyobject(py)?;
         Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.recursive_error.bind(py), [key, &name])?))
     }
 
     pub(super) fn deadlock_error(&self, key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
         let py = key.py();
-        let name = self.options.name.as_deref().into_pyobject(py)?;
+        let name = self.made().options.name.as_deref().into_pyobject(py)?;
         Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.deadlock_error.bind(py), [key, &name])?))
     }
 }

@@ -98,10 +98,7 @@ static VARIABLE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
 impl Within {
     /// Marks the current context as that of this call.
     pub(super) fn enter(py: Python<'_>, lead: &Lead<Python3>) -> PyResult<()> {
-        let variable = VARIABLE.get_or_try_init(py, || {
-            let class = py.import("contextvars")?.getattr("ContextVar")?;
-            class.call1(("llm_batch_coalesce_calls",)).map(Bound::unbind)
-        })?;
+        let variable = VARIABLE.get_or_try_init(py, || new_variable(py, "llm_batch_coalesce_calls"))?;
         // Calls that are over are left out: a job that starts itself again would else gather them for ever.
         let outer = Inside::of_task(py)?.0.into_iter().filter(is_under_way);
         let within = Self { calls: outer.chain([call_of(lead)]).collect() };
@@ -121,11 +118,12 @@ impl Within {
     }
 }
 
-/// Whether this thread has had a value of its context from the start. Threads of free-threaded 3.14 begin in a copy of
-/// their starter's context; that does not make them part of its call. One that runs a function in a context, as
-/// `asyncio.to_thread` does, is.
+/// Whether the value is that of the context in which this thread began, and the thread is in it. Threads of free-threaded
+/// 3.14 begin in a copy of their starter's context; that does not make them part of its call. One that runs a function in
+/// a context, as `asyncio.to_thread` does, is.
 fn is_inherited(variable: &Bound<'_, PyAny>, value: &Bound<'_, Within>) -> PyResult<bool> {
     static INHERITS: PyOnceLock<bool> = PyOnceLock::new();
+    static PROBE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = variable.py();
     let inherits = INHERITS.get_or_try_init(py, || {
         let flag = py.import("sys")?.getattr("flags")?.getattr_opt("thread_inherit_context")?;
@@ -136,8 +134,20 @@ fn is_inherited(variable: &Bound<'_, PyAny>, value: &Bound<'_, Within>) -> PyRes
     }
     let thread = py.import("threading")?.getattr("current_thread")?;
     let Some(context) = ffi::call(&thread, [])?.getattr_opt("_context")? else { return Ok(false) };
-    if context.is_none() {
+    let is_there =
+        |variable| ffi::call_method(intern!(py, "get"), [&context, variable]).map(|there| there.is(value));
+    if context.is_none() || !is_there(variable)? {
         return Ok(false);
     }
-    Ok(ffi::call_method(intern!(py, "get"), [&context, variable])?.is(value))
+    // A pool's worker that was started in the call has the same value, whatever it runs. Contexts do not tell whether
+    // they are the same, but what is set in one shows there only.
+    let probe = PROBE.get_or_try_init(py, || new_variable(py, "llm_batch_coalesce_probe"))?.bind(py);
+    let token = ffi::call_method(intern!(py, "set"), [probe, value.as_any()])?;
+    let seen = is_there(probe);
+    ffi::call_method(intern!(py, "reset"), [probe, &token])?;
+    seen
+}
+
+fn new_variable(py: Python<'_>, name: &str) -> PyResult<Py<PyAny>> {
+    py.import("contextvars")?.getattr("ContextVar")?.call1((name,)).map(Bound::unbind)
 }

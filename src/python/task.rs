@@ -12,7 +12,7 @@ use super::coalescer::{Answer, Coalescer, Request, Role, cancelled_error, timeou
 use super::family::{Python3, TaskCall, TaskWaiter, check_interrupt};
 use super::ffi;
 use super::inside::Within;
-use super::options::Ttl;
+use super::options::{Patience, Ttl};
 use crate::circle::Nested;
 use crate::flight::{Flight, Standing};
 use crate::map::{Lead, Map, Place};
@@ -107,6 +107,15 @@ impl Ticket {
     #[getter]
     fn future<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
         self.future.as_ref().map(|future| future.bind(py).clone())
+    }
+
+    /// How many seconds its caller waits at most.
+    #[getter]
+    fn limit(&self) -> Option<f64> {
+        match self.request.patience {
+            Patience::Limited(limit) => Some(limit.as_secs_f64()),
+            Patience::Endless | Patience::None => None,
+        }
     }
 
     /// The lead, for the call's own task; once.

@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyDict, PyTuple};
 
-use super::coalescer::{Answer, Coalescer, Request, Role, cancelled_error, find, find_value, timeout_error};
+use super::coalescer::{
+    Answer, Coalescer, Options, Request, Role, cancelled_error, find, find_value, timeout_error,
+};
 use super::family::{Python3, Shared, running_loop};
 use super::hooks::Hooks;
 use super::inside::{Inside, Led};
@@ -27,33 +29,36 @@ pub(super) struct ThreadCoalescer;
 #[pymethods]
 impl ThreadCoalescer {
     #[new]
-    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, *, error_ttl_seconds = ErrorTtl::Same, private_errors = None,
-        max_flight_seconds = None, max_retained = None, name = None, face_of = None))]
+    #[pyo3(signature = (*_arguments, **_options))]
     #[pyo3(text_signature = "(ttl_seconds=5.0, *, error_ttl_seconds=None, private_errors=(), \
         max_flight_seconds=None, max_retained=None, name=None)")]
-    #[expect(clippy::too_many_arguments, reason = "they are options, given by name")]
     fn new(
-        py: Python<'_>,
+        _arguments: &Bound<'_, PyTuple>,
+        _options: Option<&Bound<'_, PyDict>>,
+    ) -> PyClassInitializer<Self> {
+        PyClassInitializer::from(Coalescer::default()).add_subclass(Self)
+    }
+
+    #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, *, error_ttl_seconds = ErrorTtl::Same, private_errors = None,
+        max_flight_seconds = None, max_retained = None, name = None))]
+    fn __init__(
+        slf: &Bound<'_, Self>,
         #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
         #[pyo3(from_py_with = options::error_ttl_seconds)] error_ttl_seconds: ErrorTtl,
         #[pyo3(from_py_with = options::private_errors)] private_errors: Option<Py<PyTuple>>,
         #[pyo3(from_py_with = options::max_flight_seconds)] max_flight_seconds: Option<Ttl>,
         #[pyo3(from_py_with = options::max_retained)] max_retained: Option<u64>,
         #[pyo3(from_py_with = options::name)] name: Option<Arc<str>>,
-        face_of: Option<Bound<'_, Coalescer>>,
-    ) -> PyClassInitializer<Self> {
-        let base = Coalescer::new(
-            py,
-            ttl_seconds,
-            error_ttl_seconds,
+    ) -> PyResult<()> {
+        slf.as_super().get().make(Options {
+            ttl: ttl_seconds,
+            error_ttl: error_ttl_seconds,
             private_errors,
-            max_flight_seconds,
+            max_flight: max_flight_seconds,
             max_retained,
-            false,
+            finishes: false,
             name,
-            face_of,
-        );
-        PyClassInitializer::from(base).add_subclass(Self)
+        })
     }
 
     /// Returns the outcome of `key`: the one retained, that of the call under way, or that of calling `fn()`.
