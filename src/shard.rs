@@ -172,9 +172,9 @@ impl<F: Family> Shard<F> {
             };
             let Some(oldest) = oldest else { return false };
             if let Some(flight) = oldest.upgrade()
-                && self.table.remove(&flight)
                 && let Some(deadline) = flight.release()
             {
+                self.table.remove(&flight);
                 self.counters.released.fetch_add(1, Ordering::Relaxed);
                 self.note_stale_deadline(deadline);
                 return true;
@@ -184,16 +184,14 @@ impl<F: Family> Shard<F> {
         }
     }
 
-    /// Takes a flight out of the table, retained or not, if it is still there.
+    /// Takes a flight out of the table, retained or not. False if it was not there any more.
     pub(crate) fn remove(&self, flight: &Arc<Flight<F>>) -> bool {
-        let removed = self.table.remove(flight);
-        if removed {
-            self.note_removed(flight);
-        }
-        removed
+        // The books first, so that nothing is evicted to make room that this makes.
+        self.note_removed(flight);
+        self.table.remove(flight)
     }
 
-    /// Keeps the books when a flight has left the table.
+    /// Keeps the books when a flight leaves the table.
     pub(crate) fn note_removed(&self, flight: &Flight<F>) {
         if let Some(deadline) = flight.release() {
             self.note_released(1);
