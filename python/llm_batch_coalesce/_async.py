@@ -168,9 +168,11 @@ class AsyncBatchCoalescer(Face):
             ValueError: If a number of seconds is negative or NaN.
         """
         if timeout is None and ttl_seconds is None:
-            found = self._begin(key, fn)
-        else:
-            found = self._begin_with(key, fn, timeout, ttl_seconds)
+            # A hit needs to know no global name. (One whose value is `fn` goes the long way.)
+            found = self._hit(key, fn)
+            if found is not fn:
+                return found  # type: ignore[no-any-return]
+        found = self._begin(key, fn, timeout, ttl_seconds)
         if type(found) is not Ticket:
             return found  # type: ignore[no-any-return]
         # What most callers do is done here, since each coroutine in between costs when a thousand tasks wake.
@@ -185,7 +187,7 @@ class AsyncBatchCoalescer(Face):
             if outcome is not found:
                 return outcome  # type: ignore[no-any-return]
             if not found.leads:
-                found = self._begin_with(key, fn, timeout, ttl_seconds)
+                found = self._begin(key, fn, timeout, ttl_seconds)
         return await self._follow(found, key, fn, timeout, ttl_seconds)  # type: ignore[no-any-return]
 
     @overload
@@ -229,7 +231,7 @@ class AsyncBatchCoalescer(Face):
         Raises:
             Exception: As in `get_or_call`.
         """
-        found = self._begin_with(key, fn, timeout, ttl_seconds, detailed=True)
+        found = self._begin(key, fn, timeout, ttl_seconds, detailed=True)
         follow = self._follow(found, key, fn, timeout, ttl_seconds, detailed=True)
         return await follow  # type: ignore[no-any-return]
 
@@ -269,7 +271,7 @@ class AsyncBatchCoalescer(Face):
             if outcome is not found:
                 return outcome
             if not found.leads:
-                found = self._begin_with(key, fn, timeout, ttl_seconds, detailed=detailed)
+                found = self._begin(key, fn, timeout, ttl_seconds, detailed=detailed)
         return found
 
     async def _lead(self, ticket: Ticket, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as above

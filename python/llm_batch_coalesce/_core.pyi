@@ -131,8 +131,8 @@ class Coalescer:
             ReferenceType[asyncio.Task[Any]] | None,
         ]
     ]: ...
-    def _begin(self, key: Hashable, fn: Callable[[], Awaitable[Any]], /) -> Any: ...
-    def _begin_with(
+    def _hit(self, key: Hashable, missing: object, /) -> Any: ...
+    def _begin(
         self,
         key: Hashable,
         fn: Callable[[], Awaitable[Any]],

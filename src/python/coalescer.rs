@@ -336,26 +336,18 @@ impl Coalescer {
         ))
     }
 
-    /// Serves a task: the value of a hit, or a ticket for what there is to do.
-    #[pyo3(signature = (key, r#fn, /))]
-    fn _begin<'py>(
-        slf: &Bound<'py, Self>,
-        key: &Bound<'py, PyAny>,
-        r#fn: &Bound<'py, PyAny>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let hash = key::hash(key)?;
-        let map = slf.get().map();
-        let found = match find_value(map, hash, key)? {
-            Found::Hit(shared) => return shared.into_result(),
-            Found::Pending(flight) => Found::Pending(flight),
-            Found::Nothing => Found::Nothing,
-        };
-        Self::begin(slf, map, found, hash, key, r#fn, Request::PLAIN)
+    /// The value of a hit, or `missing`.
+    #[pyo3(signature = (key, missing, /))]
+    fn _hit<'py>(&self, key: &Bound<'py, PyAny>, missing: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        match find_value(self.map(), key::hash(key)?, key)? {
+            Found::Hit(shared) => shared.into_result(),
+            Found::Pending(_) | Found::Nothing => Ok(missing.clone()),
+        }
     }
 
-    /// The same for one that wants more than a value by and by; `detailed` is for an `Outcome`.
+    /// Serves a task: the value of a hit, or a ticket for what there is to do. `detailed` is for an `Outcome`.
     #[pyo3(signature = (key, r#fn, timeout, ttl_seconds, /, *, detailed = false))]
-    fn _begin_with<'py>(
+    fn _begin<'py>(
         slf: &Bound<'py, Self>,
         key: &Bound<'py, PyAny>,
         r#fn: &Bound<'py, PyAny>,
