@@ -124,17 +124,28 @@ impl Drop for Nested {
 }
 
 /// Loops whose thread is inside a blocking wait.
-static BLOCKED: Mutex<Vec<LoopId>> = Mutex::new(Vec::new());
+static BLOCKED: Mutex<Blocked> = Mutex::new(Blocked { birth: 0, loops: Vec::new() });
 static BLOCKED_COUNT: AtomicUsize = AtomicUsize::new(0);
 
-fn blocked() -> MutexGuard<'static, Vec<LoopId>> {
-    BLOCKED.lock().unwrap_or_else(PoisonError::into_inner)
+struct Blocked {
+    birth: u32,
+    loops: Vec<LoopId>,
+}
+
+fn blocked() -> MutexGuard<'static, Blocked> {
+    let mut blocked = BLOCKED.lock().unwrap_or_else(PoisonError::into_inner);
+    if blocked.birth != fork::birth() {
+        // Those of the parent's threads.
+        *blocked = Blocked { birth: fork::birth(), loops: Vec::new() };
+        BLOCKED_COUNT.store(0, Ordering::Relaxed);
+    }
+    blocked
 }
 
 /// Whether this loop cannot come for a lead at the moment.
 pub(crate) fn is_blocked(loop_id: LoopId) -> bool {
     // Relaxed: a loop that is blocked a moment later loses its offer to the sweeper.
-    loop_id != NO_LOOP && BLOCKED_COUNT.load(Ordering::Relaxed) > 0 && blocked().contains(&loop_id)
+    loop_id != NO_LOOP && BLOCKED_COUNT.load(Ordering::Relaxed) > 0 && blocked().loops.contains(&loop_id)
 }
 
 /// A loop that is blocked until this is dropped.
@@ -143,8 +154,9 @@ pub struct BlockedLoop(LoopId);
 
 impl BlockedLoop {
     pub fn begin(loop_id: LoopId) -> Self {
-        blocked().push(loop_id);
-        BLOCKED_COUNT.fetch_add(1, Ordering::Relaxed);
+        let mut blocked = blocked();
+        blocked.loops.push(loop_id);
+        BLOCKED_COUNT.store(blocked.loops.len(), Ordering::Relaxed);
         Self(loop_id)
     }
 }
@@ -152,9 +164,9 @@ impl BlockedLoop {
 impl Drop for BlockedLoop {
     fn drop(&mut self) {
         let mut blocked = blocked();
-        if let Some(place) = blocked.iter().position(|&loop_id| loop_id == self.0) {
-            blocked.swap_remove(place);
-            BLOCKED_COUNT.fetch_sub(1, Ordering::Relaxed);
+        if let Some(place) = blocked.loops.iter().position(|&loop_id| loop_id == self.0) {
+            blocked.loops.swap_remove(place);
+            BLOCKED_COUNT.store(blocked.loops.len(), Ordering::Relaxed);
         }
     }
 }

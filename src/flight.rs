@@ -332,9 +332,13 @@ impl<F: Family> Flight<F> {
         pending.call.as_ref().map(|call| (F::share_call(call), pending.epoch))
     }
 
-    /// The number of the present lead and where it runs; `None` when the flight is over.
+    /// The number of the present lead and the loop that it needs; `None` when the flight is over.
     pub(crate) fn lead(&self) -> Option<(u32, LoopId)> {
-        self.pending.lock().as_ref().map(|open| (open.epoch, open.led_by.loop_id))
+        let pending = self.pending.lock();
+        let open = pending.as_ref()?;
+        // An offer that is not taken goes to somebody else.
+        let loop_id = if open.offer.is_some() { NO_LOOP } else { open.led_by.loop_id };
+        Some((open.epoch, loop_id))
     }
 
     pub(crate) fn view(self: &Arc<Self>, now: Nanos) -> Option<View<F>> {

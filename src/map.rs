@@ -269,17 +269,23 @@ impl<F: Family> Map<F> {
         }
         shard.note_primed();
         self.note_retained(shard, &flight);
+        self.make_room(shard);
         Ok(())
     }
 
     fn note_retained(self: &Arc<Self>, shard: &Shard<F>, flight: &Arc<Flight<F>>) {
-        if shard.is_full() {
-            // What has expired takes no room away.
-            self.expire();
-        }
         let deadline = flight.deadline();
         if shard.note_retained(flight, deadline) {
             expiry::wake_for_deadline(self, deadline);
+        }
+    }
+
+    /// Drops what this shard has too much since another outcome was retained.
+    fn make_room(&self, shard: &Shard<F>) {
+        if shard.has_surplus() {
+            // What has expired takes no room away.
+            self.expire();
+            shard.evict();
         }
     }
 
@@ -466,11 +472,16 @@ impl<F: Family> Map<F> {
 
     /// What ends when a flight does; `owned` if the table may still have it.
     fn flight_over(&self, flight: &Arc<Flight<F>>, owned: bool) {
+        if self.take_away(flight, owned) {
+            self.shard(flight.hash()).table.flush();
+        }
+    }
+
+    /// The same without dropping it. True if it was in the table.
+    fn take_away(&self, flight: &Arc<Flight<F>>, owned: bool) -> bool {
         let shard = self.shard(flight.hash());
         shard.counters.ended.fetch_add(1, Ordering::Relaxed);
-        if owned && shard.remove(flight) {
-            shard.table.flush();
-        }
+        owned && shard.remove(flight)
     }
 
     fn settle(self: &Arc<Self>, flight: &Arc<Flight<F>>, mut handed: HandedOver<F>) {
@@ -600,12 +611,18 @@ impl<F: Family> Lead<F> {
             shard.counters.errors.fetch_add(1, Ordering::Relaxed);
         }
         let Ok(landed) = self.flight.land(self.epoch, outcome, ttl) else { return false };
+        // Dropping anything may run foreign code, for as long as that likes: not before the waiters are awake.
         if landed.state == State::Retained {
             self.map.note_retained(shard, &self.flight);
+            landed.wake.now();
+            self.map.make_room(shard);
         } else {
-            self.map.flight_over(&self.flight, landed.owned);
+            let removed = self.map.take_away(&self.flight, landed.owned);
+            landed.wake.now();
+            if removed {
+                shard.table.flush();
+            }
         }
-        landed.wake.now();
         true
     }
 

@@ -40,8 +40,8 @@ impl Quota {
         self.retained.fetch_sub(1, Ordering::AcqRel);
     }
 
-    fn is_full(&self) -> bool {
-        self.retained.load(Ordering::Acquire).cast_signed() >= self.most.cast_signed()
+    fn has_surplus(&self) -> bool {
+        self.retained.load(Ordering::Acquire).cast_signed() > self.most.cast_signed()
     }
 
     /// Counts one less, if there are too many.
@@ -130,7 +130,8 @@ impl<F: Family> Shard<F> {
     pub(crate) fn note_retained(&self, flight: &Arc<Flight<F>>, at: Nanos) -> bool {
         self.counters.retained.fetch_add(1, Ordering::Relaxed);
         if let Some(room) = &self.room {
-            self.evict(room, flight);
+            room.quota.add();
+            room.by_age.lock().flights.push_back(Arc::downgrade(flight));
         }
         // None if it was dropped in this very moment.
         if at == FOREVER || at == 0 {
@@ -140,15 +141,14 @@ impl<F: Family> Shard<F> {
         true
     }
 
-    /// Whether another retained outcome would make it too many.
-    pub(crate) fn is_full(&self) -> bool {
-        self.room.as_ref().is_some_and(|room| room.quota.is_full())
+    /// Whether all shards together retain too many.
+    pub(crate) fn has_surplus(&self) -> bool {
+        self.room.as_ref().is_some_and(|room| room.quota.has_surplus())
     }
 
     /// Drops the oldest outcomes of this shard, never the newest, while all shards together have too many.
-    fn evict(&self, room: &Room<F>, newest: &Arc<Flight<F>>) {
-        room.quota.add();
-        room.by_age.lock().flights.push_back(Arc::downgrade(newest));
+    pub(crate) fn evict(&self) {
+        let Some(room) = &self.room else { return };
         let mut evicted = 0;
         // The count goes down first, so that two shards do not both make room for the same outcome.
         while room.quota.subtract_surplus() {

@@ -289,13 +289,8 @@ class AsyncBatchCoalescer(Face):
                 except BaseException:
                     ticket.leave()
                     # The call may have ended in the very moment; what is no Exception must not be lost (rule 4).
-                    error = _error_of(task)
-                    if isinstance(error, Exception | None):
+                    if isinstance(_error_of(task), Exception | None):
                         raise
-                    try:
-                        raise error from None
-                    finally:
-                        del error, task
         error = _error_of(task)
         if error is not None:
             ticket.leave()

@@ -120,7 +120,7 @@ impl Family for Python3 {
 
     fn task_is_lost(task: &TaskWaiter) -> bool {
         let py = ffi::attached();
-        report(py, is_closed(task.event_loop.bind(py))).unwrap_or(false)
+        undisturbed(py, || report(py, is_closed(task.event_loop.bind(py)))).unwrap_or(false)
     }
 
     fn report_over_age(name: Option<&str>, key: &Py<PyAny>, age: Duration) {

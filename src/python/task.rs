@@ -269,11 +269,12 @@ impl Token {
 
     /// For the task to call when it is done: one that was cancelled before it began has not ended its flight.
     #[pyo3(signature = (task))]
-    fn task_done(&self, task: &Bound<'_, PyAny>) {
+    fn task_done(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
         let _ = task;
         if let Some(lead) = self.lead.take() {
             lead.lose_loop();
         }
+        check_interrupt()
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
