@@ -19,6 +19,7 @@ from llm_batch_coalesce._errors import (
     SharedCallError,
 )
 from llm_batch_coalesce._reports import FlightInfo, Outcome, Stats
+from llm_batch_coalesce._requests import request_key
 from llm_batch_coalesce._shapes import AsyncRequestCoalescer, BatchCoalesce, CoalescerStats, RequestCoalescer
 from llm_batch_coalesce._sync import BatchCoalescer
 
@@ -39,4 +40,5 @@ __all__ = [
     "SharedCallError",
     "Stats",
     "__version__",
+    "request_key",
 ]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from llm_batch_coalesce._async import AsyncBatchCoalescer
+from llm_batch_coalesce._requests import plain, render
 from llm_batch_coalesce._sharing import shown
 from llm_batch_coalesce._sync import BatchCoalescer
 
@@ -273,28 +272,4 @@ def _stats(coalescer: BatchCoalescer | AsyncBatchCoalescer) -> CoalescerStats:
 
 def _digest(request: dict[str, object]) -> str:
     """Return the SHA-256 of a request as sorted JSON, the same for two requests only if they are one as JSON."""
-    plain = {name: _plain(value, name, frozenset()) for name, value in request.items()}
-    # Escapes would render one character outside the BMP like the two surrogates that stand for it.
-    rendered = json.dumps(plain, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(rendered.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _plain(value: object, place: str, around: frozenset[int]) -> object:
-    """Return a copy that is rendered without loss, or raise; `around` are the containers that this value is in."""
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if not isinstance(value, list | tuple | dict):
-        raise TypeError(f"{place} cannot be part of a request as JSON: {shown(value)}")
-    if id(value) in around:
-        raise TypeError(f"{place} cannot be part of a request as JSON: it contains itself")
-    around |= {id(value)}
-    if not isinstance(value, dict):
-        return [_plain(item, f"{place}[{index}]", around) for index, item in enumerate(value)]
-    plain = {}
-    for key, item in value.items():
-        if not isinstance(key, str):
-            raise TypeError(f"{place} cannot be part of a request as JSON: its key {shown(key)} is no string")
-        plain[key] = _plain(item, f"{place}.{key}" if key.isidentifier() else f"{place}[{key!r}]", around)
-    return plain
+    return hashlib.sha256(render({name: plain(value, name) for name, value in request.items()})).hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import llm_batch_coalesce
-from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, _async, _core, _shapes, _sync
+from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, _async, _core, _requests, _shapes, _sync
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,7 +62,7 @@ def test_an_async_call_is_a_coroutine_so_that_it_can_be_a_task():
     assert inspect.iscoroutinefunction(AsyncBatchCoalescer.get_or_call)
 
 
-@pytest.mark.parametrize("module", [_sync, _async, _shapes])
+@pytest.mark.parametrize("module", [_sync, _async, _requests, _shapes])
 def test_the_examples_in_the_docs_hold(module):
     assert doctest.testmod(module).attempted > 0
     assert doctest.testmod(module).failed == 0
