@@ -190,6 +190,6 @@ fn compare(stored: &Bound<'_, PyAny>, wanted: &Bound<'_, PyAny>) -> PyResult<boo
 /// The interpreter, for functions that the core calls from threads that came from Python.
 pub(super) fn attached<'py>() -> Python<'py> {
     // SAFETY: the core is entered by attached threads only, and detaches in `detached` alone, which calls nothing of
-    // Python; the sweeper has a thread of Python's.
+    // Python; the sweeper's thread is attached, too.
     unsafe { Python::assume_attached() }
 }

@@ -15,29 +15,39 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyCFunction, PyTuple};
 
 use crate::{clock, expiry, fork};
 
 /// Starts the sweeper on a thread of Python's. A foreign thread would make and drop its Python state without holding the
 /// interpreter, and a fork in that moment leaves a child of CPython 3.11 without a way out of `fork()`.
+///
+/// If there is no thread, it is tried again when the next outcome is retained.
 fn start_sweeper() -> bool {
-    let py = ffi::attached();
-    let start = || -> PyResult<()> {
-        let start = py.import("_thread")?.getattr("start_new_thread")?;
-        ffi::call(&start, [wrap_pyfunction!(_sweep, py)?.as_any(), PyTuple::empty(py).as_any()])?;
+    fn start(py: Python<'_>) -> PyResult<()> {
+        let starter = py.import("_thread")?.getattr("start_new_thread")?;
+        if starter.is_instance_of::<PyCFunction>() {
+            ffi::call(&starter, [wrap_pyfunction!(_sweep, py)?.as_any(), PyTuple::empty(py).as_any()])?;
+        } else {
+            // What gevent and its like have put there starts no thread.
+            std::thread::Builder::new().spawn(|| Python::try_attach(|_| sweep()))?;
+        }
         Ok(())
-    };
-    // It is tried again when the next outcome is retained.
-    family::undisturbed(py, start).is_ok()
+    }
+    let py = ffi::attached();
+    family::undisturbed(py, || start(py)).is_ok()
 }
 
-/// The sweeper's thread.
-#[pyfunction]
-fn _sweep() {
+/// What the sweeper's thread does, attached to the interpreter.
+fn sweep() {
     #[cfg(target_os = "linux")]
     rustix::thread::set_name(c"coalesce-sweep").unwrap_or_default();
     expiry::run();
+}
+
+#[pyfunction]
+fn _sweep() {
+    sweep();
 }
 
 /// Ends the sweeper before the interpreter goes.

@@ -127,3 +127,28 @@ def test_threads_that_inherit_a_context_are_part_of_a_call_only_if_they_run_some
     command = [sys.executable, "-X", "thread_inherit_context=1", "-c", THREADS_INHERIT]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert (ended.stdout, ended.stderr) == ("refused True\n", "")
+
+
+# What gevent's and eventlet's monkey patching does: a "thread" is run by and by, in this very thread.
+PATCHED_THREADS = """
+import _thread, weakref
+_thread.start_new_thread = lambda function, arguments: function(*arguments)
+
+from llm_batch_coalesce import BatchCoalescer
+
+class Thing:
+    pass
+
+coalescer = BatchCoalescer(ttl_seconds=0.05)
+gone = weakref.ref(coalescer.get_or_call("k", Thing))
+import time
+while gone() is not None:
+    time.sleep(0.01)
+print("freed")
+"""
+
+
+def test_the_sweeper_has_a_thread_of_its_own_where_threads_are_patched():
+    command = [sys.executable, "-c", PATCHED_THREADS]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "freed\n", "")
