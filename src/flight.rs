@@ -4,7 +4,7 @@
 //!    it in the table.
 //! 2. `pending` holds all that only a flight under way needs. It is `Some` exactly while `state` is pending, and both
 //!    change together under its mutex.
-//! 3. At most one [`Lead`](crate::map::Lead) can end the flight: the one whose `epoch` is the pending part's. Whoever
+//! 3. At most one [`Lead`](crate::lead::Lead) can end the flight: the one whose `epoch` is the pending part's. Whoever
 //!    takes the lead away (hand-over, a lost loop) raises the epoch, and a stale lead publishes nothing.
 //! 4. The outcome is written once, under the mutex, before `state` says so. A retained one stays until the flight is
 //!    dropped. One that is not retained is there for the seats that the flight had when it landed (`takers`); the
@@ -15,10 +15,12 @@
 
 use std::collections::VecDeque;
 
+use crate::aftermath::{Cancelled, HandedOver, Landed, Left, News, NextLead, Wake};
 use crate::circle::is_blocked;
 use crate::clock::{FOREVER, Nanos, now};
 use crate::family::Family;
 use crate::outcome::OutcomeCell;
+use crate::seat::Seat;
 use crate::sync::{Arc, AtomicU8, AtomicU32, AtomicU64, Mutex, MutexGuard, OnceLock, Ordering};
 use crate::waiter::{Chain, Fate, LoopId, NO_LOOP, Origin, Waiter, Wakeup};
 
@@ -33,7 +35,7 @@ pub enum State {
 pub struct Flight<F: Family> {
     hash: u64,
     key: F::Key,
-    outcome: OutcomeCell<F::Outcome>,
+    pub(crate) outcome: OutcomeCell<F::Outcome>,
     /// When a retained outcome expires, or a pending flight is over age.
     deadline: AtomicU64,
     takers: AtomicU32,
@@ -41,7 +43,7 @@ pub struct Flight<F: Family> {
     joined: AtomicU32,
     duration: AtomicU32,
     state: AtomicU8,
-    pending: Mutex<Option<Box<Pending<F>>>>,
+    pub(crate) pending: Mutex<Option<Box<Pending<F>>>>,
 }
 
 #[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
@@ -73,104 +75,6 @@ pub(crate) struct Pending<F: Family> {
 struct Offer<F: Family> {
     to: Arc<Waiter<F>>,
     since: Nanos,
-}
-
-/// What is left to do, outside of the mutex, for a flight that has just landed.
-pub(crate) struct Landed<F: Family> {
-    pub(crate) state: State,
-    pub(crate) owned: bool,
-    pub(crate) wake: Wake<F>,
-    // Dropped late, since it may hold foreign objects.
-    _rest: Box<Pending<F>>,
-    _untaken: Option<F::Outcome>,
-}
-
-/// Whom the lead of a flight went to.
-pub(crate) enum NextLead {
-    /// There was nobody, and the flight ended; `owned` if the table still has it.
-    Nobody {
-        owned: bool,
-    },
-    Thread,
-    /// It is offered to a task, which may not come for it.
-    Task,
-}
-
-pub(crate) struct HandedOver<F: Family> {
-    pub(crate) to: NextLead,
-    /// Whether the caller whose call ended was still there.
-    pub(crate) caller_present: bool,
-    /// The task that the lead is offered to.
-    pub(crate) offered_to: Option<Arc<Waiter<F>>>,
-    wake: Wake<F>,
-    // Dropped late, since they may hold foreign objects.
-    rest: Option<Box<Pending<F>>>,
-    call: Option<F::Call>,
-}
-
-impl<F: Family> HandedOver<F> {
-    pub(crate) fn wake(self) {
-        let Self { wake, rest, call, .. } = self;
-        wake.now();
-        drop((rest, call));
-    }
-}
-
-/// Waiters to wake once no mutex is held.
-pub(crate) struct Wake<F: Family> {
-    threads: Option<Arc<Chain<F>>>,
-    one: Option<Arc<Waiter<F>>>,
-    tasks: Vec<Arc<Waiter<F>>>,
-}
-
-impl<F: Family> Wake<F> {
-    fn nobody() -> Self {
-        Self { threads: None, one: None, tasks: Vec::new() }
-    }
-
-    pub(crate) fn now(self) {
-        if let Some(chain) = self.threads {
-            chain.pass();
-        }
-        if let Some(waiter) = self.one {
-            waiter.unpark();
-        }
-        if !self.tasks.is_empty() {
-            F::wake_tasks(self.tasks);
-        }
-    }
-}
-
-/// What a caller that left a pending flight has to see to.
-pub(crate) enum Left<F: Family> {
-    Nothing,
-    /// It held the offer of the lead.
-    HandedOver(HandedOver<F>),
-    /// It was the last; the call may be cancelled, and nobody can join the flight any more.
-    Alone {
-        call: F::Call,
-        owned: bool,
-        _rest: Box<Pending<F>>,
-    },
-}
-
-/// What a flight's waiters are left with when their key is cancelled.
-pub(crate) struct Cancelled<F: Family> {
-    pub(crate) wake: Wake<F>,
-    /// Whether nobody is left to wait for the call, so that the flight has ended.
-    pub(crate) ended: bool,
-    /// The call, if it is to be cancelled, too.
-    pub(crate) call: Option<F::Call>,
-    // Dropped late, since it may hold foreign objects.
-    pub(crate) _rest: Option<Box<Pending<F>>>,
-}
-
-/// What a caller that has joined has to tell the map.
-pub(crate) struct News {
-    /// The flight [needs watching](Flight::needs_watch), because another loop than the joiner's leads.
-    pub(crate) watch: bool,
-    /// Its first task has joined.
-    pub(crate) awaited: bool,
 }
 
 /// A flight under way, as an operator sees it.
@@ -622,7 +526,12 @@ impl<F: Family> Flight<F> {
     }
 
     /// The epoch of the lead that was offered to this waiter, if the offer stands.
-    fn accept_offer(&self, waiter: &Arc<Waiter<F>>, thread: u64, max_flight: Nanos) -> Option<u32> {
+    pub(crate) fn accept_offer(
+        &self,
+        waiter: &Arc<Waiter<F>>,
+        thread: u64,
+        max_flight: Nanos,
+    ) -> Option<u32> {
         let mut slot = self.pending.lock();
         let open = slot.as_mut()?;
         let offer = open.offer.take_if(|offer| Arc::ptr_eq(&offer.to, waiter))?;
@@ -640,7 +549,7 @@ impl<F: Family> Flight<F> {
         Some(epoch)
     }
 
-    fn leave(&self, waiter: &Arc<Waiter<F>>) -> Left<F> {
+    pub(crate) fn leave(&self, waiter: &Arc<Waiter<F>>) -> Left<F> {
         let mut slot = self.pending.lock();
         let Some(open) = slot.as_mut() else {
             drop(slot);
@@ -686,120 +595,5 @@ impl<F: Family> Flight<F> {
         if self.takers.fetch_sub(1, Ordering::AcqRel) == 1 {
             drop(self.outcome.take_last());
         }
-    }
-}
-
-/// How a waiter's flight stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
-    Waiting,
-    /// The outcome is there to read.
-    Landed,
-    Offered,
-    Private,
-    Cancelled,
-    Withdrawn,
-}
-
-/// A caller's place in a flight. Dropping it leaves the flight.
-pub struct Seat<F: Family> {
-    flight: Arc<Flight<F>>,
-    waiter: Arc<Waiter<F>>,
-}
-
-impl<F: Family> Seat<F> {
-    pub fn standing(&self) -> Standing {
-        // The state first, see rule 6.
-        let state = self.flight.state();
-        match self.waiter.fate() {
-            Fate::Waiting if state == State::Pending => Standing::Waiting,
-            Fate::Waiting => Standing::Landed,
-            Fate::Offered => Standing::Offered,
-            Fate::Private => Standing::Private,
-            Fate::Cancelled => Standing::Cancelled,
-            Fate::Withdrawn => Standing::Withdrawn,
-        }
-    }
-
-    pub fn flight(&self) -> &Arc<Flight<F>> {
-        &self.flight
-    }
-
-    /// What wakes this seat's task, if the seat alone holds it: not the flight, too, or who is about to wake it.
-    pub fn own_task(&self) -> Option<&F::Task> {
-        if Arc::strong_count(&self.waiter) == 1 { self.waiter.task() } else { None }
-    }
-
-    /// Whether it is the seat of the caller whose call this is.
-    pub fn is_callers_own(&self) -> bool {
-        matches!(self.waiter.wakeup, Wakeup::Caller(_))
-    }
-
-    /// The outcome, when the flight has landed with this seat in it.
-    pub fn outcome(&self) -> Option<&F::Outcome> {
-        if self.standing() == Standing::Landed { self.flight.outcome.get_seated() } else { None }
-    }
-
-    pub(crate) fn accept_offer(&self, thread: u64, max_flight: Nanos) -> Option<u32> {
-        self.flight.accept_offer(&self.waiter, thread, max_flight)
-    }
-
-    /// Gives the caller's own future to its seat. False when there is nothing left to wait for.
-    pub(crate) fn wait_with(&self, task: F::Task) -> bool {
-        let pending = self.flight.pending.lock();
-        if pending.is_none() || self.waiter.fate() != Fate::Waiting {
-            drop(pending);
-            drop(task);
-            return false;
-        }
-        let refused = match &self.waiter.wakeup {
-            Wakeup::Caller(cell) => cell.set(task).err(),
-            Wakeup::Thread(_) | Wakeup::Task(_) => Some(task),
-        };
-        drop(pending);
-        refused.is_none()
-    }
-
-    /// Blocks this thread until its flight has something for it, or until `limit` has passed.
-    #[cfg(not(loom))]
-    pub fn wait(&self, limit: Option<std::time::Duration>) -> Standing {
-        let until = limit.map(|limit| std::time::Instant::now() + limit);
-        loop {
-            let standing = self.standing();
-            if standing != Standing::Waiting {
-                return standing;
-            }
-            match until {
-                None => crate::sync::park(),
-                Some(until) => {
-                    let left = until.saturating_duration_since(std::time::Instant::now());
-                    if left.is_zero() {
-                        return standing;
-                    }
-                    crate::sync::park_timeout(left);
-                }
-            }
-        }
-    }
-
-    /// Blocks this thread until its flight has something for it.
-    #[cfg(loom)]
-    pub fn wait(&self) -> Standing {
-        loop {
-            let standing = self.standing();
-            if standing != Standing::Waiting {
-                return standing;
-            }
-            crate::sync::park();
-        }
-    }
-
-    /// Wakes on the threads that wait behind this one; a woken waiter does so before anything that can fail.
-    pub fn pass_baton(&self) {
-        self.waiter.pass_baton();
-    }
-
-    pub(crate) fn leave(&self) -> Left<F> {
-        self.flight.leave(&self.waiter)
     }
 }

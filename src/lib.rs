@@ -4,7 +4,7 @@
 //!
 //! 1. A caller that hits a retained outcome takes no lock (`table`), and electing a leader is one atomic operation of
 //!    the table.
-//! 2. Every claimed flight ends exactly once: with an outcome, or abandoned. [`map::Lead`] ends it on every path; its
+//! 2. Every claimed flight ends exactly once: with an outcome, or abandoned. [`lead::Lead`] ends it on every path; its
 //!    drop hands over (`flight`).
 //! 3. No mutex is held while foreign code can run or a foreign object is dropped. What is to be dropped or woken is
 //!    handed out of the locked section first.
@@ -18,14 +18,18 @@
 
 #![cfg_attr(loom, allow(dead_code, unused_imports, reason = "models have no sweeper"))]
 
+mod aftermath;
 pub mod circle;
 pub mod clock;
 pub mod expiry;
 pub mod family;
 pub mod flight;
 pub mod fork;
+pub mod lead;
 pub mod map;
 mod outcome;
+mod roster;
+pub mod seat;
 mod shard;
 pub mod stats;
 mod sync;

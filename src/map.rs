@@ -1,16 +1,18 @@
 //! The map of all flights: shards, the way of a request through them, and the leader's guard.
 
-use std::cell::Cell;
 use std::time::Duration;
 
+use crate::aftermath::{Cancelled, HandedOver, NextLead};
 use crate::clock::{FOREVER, Nanos, now, now_coarse};
 use crate::expiry::{self, Sweep, Swept};
 use crate::family::Family;
-use crate::flight::{Cancelled, Flight, HandedOver, Left, NextLead, Seat, State, View};
+use crate::flight::{Flight, State, View};
 use crate::fork;
+use crate::lead::{Lead, Place};
+use crate::roster::Roster;
 use crate::shard::{Quota, Shard};
-use crate::stats::{Counters, Stats, Striped, cpus};
-use crate::sync::{Arc, AtomicU64, Mutex, OnceLock, Ordering, Weak};
+use crate::stats::{Stats, Striped, cpus};
+use crate::sync::{Arc, Mutex, OnceLock, Ordering, Weak};
 use crate::table::Claim;
 use crate::waiter::{LoopId, NO_LOOP, Origin, Wakeup};
 
@@ -44,7 +46,7 @@ pub struct Map<F: Family> {
     /// Flights under way that are no longer in a table.
     forgotten: Roster<F>,
     /// Flights under way that tasks wait for.
-    awaited: Roster<F>,
+    pub(crate) awaited: Roster<F>,
     /// Expired outcomes that a reader could still see when they left the table.
     dying: Mutex<Vec<Weak<Flight<F>>>>,
     /// The counters as they were when they were last reset.
@@ -53,41 +55,6 @@ pub struct Map<F: Family> {
     pub(crate) registered: std::sync::atomic::AtomicBool,
     /// What takes this map's place after a fork.
     successor: OnceLock<Arc<Self>>,
-}
-
-/// Flights under way, and some that have landed.
-struct Roster<F: Family>(Mutex<Listed<F>>);
-
-struct Listed<F: Family> {
-    flights: Vec<Weak<Flight<F>>>,
-    /// The length at which those that have landed are sorted out.
-    prune_at: usize,
-}
-
-impl<F: Family> Roster<F> {
-    fn new() -> Self {
-        Self(Mutex::new(Listed { flights: Vec::new(), prune_at: 64 }))
-    }
-
-    fn add(&self, flight: &Arc<Flight<F>>) {
-        // Dropped after the lock, since the last handle to a flight may be among them.
-        let mut held = Vec::new();
-        let mut listed = self.0.lock();
-        listed.flights.push(Arc::downgrade(flight));
-        if listed.flights.len() >= listed.prune_at {
-            held.extend(listed.flights.iter().filter_map(Weak::upgrade));
-            let under_way = held.iter().filter(|flight| flight.state() == State::Pending);
-            listed.flights = under_way.map(Arc::downgrade).collect();
-            listed.prune_at = 2 * listed.flights.len().max(32);
-        }
-        drop(listed);
-        drop(held);
-    }
-
-    fn under_way(&self) -> Vec<Arc<Flight<F>>> {
-        let flights = self.0.lock().flights.clone();
-        flights.iter().filter_map(Weak::upgrade).filter(|flight| flight.state() == State::Pending).collect()
-    }
 }
 
 /// How a key stands when a request looks for it.
@@ -139,7 +106,7 @@ impl<F: Family> Map<F> {
     }
 
     #[inline]
-    fn is_current(&self) -> bool {
+    pub(crate) fn is_current(&self) -> bool {
         self.birth == fork::birth()
     }
 
@@ -180,7 +147,7 @@ impl<F: Family> Map<F> {
     }
 
     #[inline]
-    fn shard(&self, hash: u64) -> &Shard<F> {
+    pub(crate) fn shard(&self, hash: u64) -> &Shard<F> {
         // Bits that the table does not use: it takes its slot from the low ones and a tag from the top seven.
         let bits = usize::try_from(hash >> 40 & 0xffff).unwrap_or_default();
         &self.shards[bits & (self.shards.len() - 1)]
@@ -240,7 +207,7 @@ impl<F: Family> Map<F> {
         if over_age_at != FOREVER {
             self.watch(&flight);
         }
-        Ok(Some(Lead { map: Arc::clone(self), flight, epoch: 0, over: false }))
+        Ok(Some(Lead::new(self, flight, 0)))
     }
 
     pub fn settings(&self) -> &Settings {
@@ -273,7 +240,7 @@ impl<F: Family> Map<F> {
         Ok(())
     }
 
-    fn note_retained(self: &Arc<Self>, shard: &Shard<F>, flight: &Arc<Flight<F>>) {
+    pub(crate) fn note_retained(self: &Arc<Self>, shard: &Shard<F>, flight: &Arc<Flight<F>>) {
         let deadline = flight.deadline();
         if shard.note_retained(flight, deadline) {
             expiry::wake_for_deadline(self, deadline);
@@ -281,7 +248,7 @@ impl<F: Family> Map<F> {
     }
 
     /// Drops what this shard has too much since another outcome was retained.
-    fn make_room(&self, shard: &Shard<F>) {
+    pub(crate) fn make_room(&self, shard: &Shard<F>) {
         if shard.has_surplus() {
             // What has expired takes no room away.
             self.expire();
@@ -363,7 +330,7 @@ impl<F: Family> Map<F> {
         if news.awaited {
             self.awaited.add(flight);
         }
-        Some(Place { map: Arc::clone(self), seat, counted: Cell::new(false) })
+        Some(Place::new(self, seat, false))
     }
 
     /// Counts a caller that did not want to wait.
@@ -471,20 +438,20 @@ impl<F: Family> Map<F> {
     }
 
     /// What ends when a flight does; `owned` if the table may still have it.
-    fn flight_over(&self, flight: &Arc<Flight<F>>, owned: bool) {
+    pub(crate) fn flight_over(&self, flight: &Arc<Flight<F>>, owned: bool) {
         if self.take_away(flight, owned) {
             self.shard(flight.hash()).table.flush();
         }
     }
 
     /// The same without dropping it. True if it was in the table.
-    fn take_away(&self, flight: &Arc<Flight<F>>, owned: bool) -> bool {
+    pub(crate) fn take_away(&self, flight: &Arc<Flight<F>>, owned: bool) -> bool {
         let shard = self.shard(flight.hash());
         shard.counters.ended.fetch_add(1, Ordering::Relaxed);
         owned && shard.remove(flight)
     }
 
-    fn settle(self: &Arc<Self>, flight: &Arc<Flight<F>>, mut handed: HandedOver<F>) {
+    pub(crate) fn settle(self: &Arc<Self>, flight: &Arc<Flight<F>>, mut handed: HandedOver<F>) {
         loop {
             match handed.to {
                 NextLead::Nobody { owned } => self.flight_over(flight, owned),
@@ -514,7 +481,7 @@ impl<F: Family> Map<F> {
     }
 
     /// The flight has just been marked as watched.
-    fn watch(self: &Arc<Self>, flight: &Arc<Flight<F>>) {
+    pub(crate) fn watch(self: &Arc<Self>, flight: &Arc<Flight<F>>) {
         self.watched.lock().push(Arc::downgrade(flight));
         expiry::wake_for_watch(self);
     }
@@ -565,175 +532,5 @@ impl<F: Family> Sweep for Map<F> {
         self.dying.lock().append(&mut dying);
         let next = self.shards.iter().filter_map(Shard::next_deadline).min();
         Swept { removed, dying: still_dying, watching: self.tick(), next }
-    }
-}
-
-/// The right and the duty to end a flight. Dropping it unfinished hands the flight over.
-pub struct Lead<F: Family> {
-    map: Arc<Map<F>>,
-    flight: Arc<Flight<F>>,
-    epoch: u32,
-    over: bool,
-}
-
-impl<F: Family> Lead<F> {
-    pub fn flight(&self) -> &Arc<Flight<F>> {
-        &self.flight
-    }
-
-    pub fn epoch(&self) -> u32 {
-        self.epoch
-    }
-
-    /// A seat for the caller, where the call is to run in a task of `loop_id`. If it `finishes`, it goes on though all
-    /// callers have left.
-    pub fn seat_caller(&self, loop_id: LoopId, finishes: bool) -> Place<F> {
-        let (seat, awaited) = self.flight.seat_caller(self.epoch, loop_id, finishes);
-        if awaited {
-            self.map.awaited.add(&self.flight);
-        }
-        Place { map: Arc::clone(&self.map), seat, counted: Cell::new(true) }
-    }
-
-    /// Tells which task runs the call.
-    pub fn led_by(&self, call: F::Call) {
-        self.flight.led_by(self.epoch, call);
-    }
-
-    /// Shares the outcome, retained for `ttl` from now. False if the lead was taken away in the meantime.
-    pub fn complete(mut self, outcome: F::Outcome, ttl: Nanos, failed: bool) -> bool {
-        self.over = true;
-        if !self.map.is_current() {
-            return false;
-        }
-        let shard = self.map.shard(self.flight.hash());
-        if failed {
-            shard.counters.errors.fetch_add(1, Ordering::Relaxed);
-        }
-        let Ok(landed) = self.flight.land(self.epoch, outcome, ttl) else { return false };
-        // Dropping anything may run foreign code, for as long as that likes: not before the waiters are awake.
-        if landed.state == State::Retained {
-            self.map.note_retained(shard, &self.flight);
-            landed.wake.now();
-            self.map.make_room(shard);
-        } else {
-            let removed = self.map.take_away(&self.flight, landed.owned);
-            landed.wake.now();
-            if removed {
-                shard.table.flush();
-            }
-        }
-        true
-    }
-
-    /// Ends the call for its own caller only; the next waiter leads. True if that caller was waiting in a seat.
-    pub fn abandon(mut self, failed: bool) -> bool {
-        if failed {
-            self.map.shard(self.flight.hash()).counters.errors.fetch_add(1, Ordering::Relaxed);
-        }
-        self.give_up(false)
-    }
-
-    /// The call was cancelled with its loop: waiters on that loop are cancelled, the next one elsewhere leads.
-    pub fn lose_loop(mut self) {
-        self.give_up(true);
-    }
-
-    fn give_up(&mut self, loop_lost: bool) -> bool {
-        self.over = true;
-        if !self.map.is_current() {
-            return false;
-        }
-        let Some(handed) = self.flight.hand_over(self.epoch, loop_lost) else { return false };
-        let caller_present = handed.caller_present;
-        self.map.settle(&self.flight, handed);
-        caller_present
-    }
-}
-
-impl<F: Family> Drop for Lead<F> {
-    fn drop(&mut self) {
-        if !self.over {
-            self.give_up(false);
-        }
-    }
-}
-
-/// A seat in a flight of a map. Dropping it leaves the flight, and counts a waiter that was not served as cancelled.
-pub struct Place<F: Family> {
-    map: Arc<Map<F>>,
-    seat: Seat<F>,
-    /// Whether this request is counted elsewhere.
-    counted: Cell<bool>,
-}
-
-impl<F: Family> std::ops::Deref for Place<F> {
-    type Target = Seat<F>;
-
-    fn deref(&self) -> &Seat<F> {
-        &self.seat
-    }
-}
-
-impl<F: Family> Place<F> {
-    pub fn map(&self) -> &Arc<Map<F>> {
-        &self.map
-    }
-
-    /// Becomes the leader, if the lead is still offered.
-    pub fn take_lead(&self, thread: u64) -> Option<Lead<F>> {
-        if !self.map.is_current() {
-            return None;
-        }
-        let epoch = self.seat.accept_offer(thread, self.map.settings.max_flight)?;
-        let flight = Arc::clone(self.seat.flight());
-        self.count(|counters| &counters.taken_over);
-        if self.map.settings.max_flight != FOREVER && flight.note_watched() {
-            self.map.watch(&flight);
-        }
-        Some(Lead { map: Arc::clone(&self.map), flight, epoch, over: false })
-    }
-
-    /// Counts a waiter that was served.
-    pub fn count_joined(&self) {
-        self.count(|counters| &counters.joined);
-    }
-
-    /// Counts a waiter whose timeout has passed.
-    pub fn count_timeout(&self) {
-        self.count(|counters| &counters.timeouts);
-    }
-
-    /// Leaves it to the caller's next attempt to be counted.
-    pub fn ask_again(&self) {
-        self.counted.set(true);
-    }
-
-    fn count(&self, counter: impl FnOnce(&Counters) -> &AtomicU64) {
-        if !self.counted.replace(true) {
-            counter(&self.map.shard(self.seat.flight().hash()).counters).fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Gives the caller its future. False when there is nothing to wait for any more.
-    pub fn wait_with(&self, task: F::Task) -> bool {
-        self.seat.wait_with(task)
-    }
-}
-
-impl<F: Family> Drop for Place<F> {
-    fn drop(&mut self) {
-        if !self.map.is_current() {
-            return;
-        }
-        self.count(|counters| &counters.cancelled);
-        match self.seat.leave() {
-            Left::Nothing => {}
-            Left::HandedOver(handed) => self.map.settle(self.seat.flight(), handed),
-            Left::Alone { call, owned, _rest } => {
-                self.map.flight_over(self.seat.flight(), owned);
-                F::cancel_call(call);
-            }
-        }
     }
 }

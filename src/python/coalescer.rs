@@ -18,7 +18,8 @@ use super::{ffi, key};
 use crate::circle::Nested;
 use crate::clock::FOREVER;
 use crate::flight::Flight;
-use crate::map::{Found, Lead, Map, Settings};
+use crate::lead::Lead;
+use crate::map::{Found, Map, Settings};
 use crate::sync::Arc;
 use crate::waiter::{LoopId, Origin};
 

@@ -10,7 +10,7 @@ use super::family::Python3;
 use super::ffi;
 use crate::circle::Source;
 use crate::flight::Flight;
-use crate::map::Lead;
+use crate::lead::Lead;
 use crate::sync::{Arc, Weak};
 
 /// A call: its flight, and the number of its lead.

@@ -14,8 +14,10 @@ use super::ffi;
 use super::inside::Within;
 use super::options::{Patience, Ttl};
 use crate::circle::Nested;
-use crate::flight::{Flight, Standing};
-use crate::map::{Lead, Map, Place};
+use crate::flight::Flight;
+use crate::lead::{Lead, Place};
+use crate::map::Map;
+use crate::seat::Standing;
 use crate::sync::Arc;
 use crate::waiter::Wakeup;
 

@@ -16,9 +16,11 @@ use super::inside::{Inside, Led};
 use super::options::{self, ErrorTtl, Patience, Ttl};
 use super::{ffi, key};
 use crate::circle::BlockedLoop;
-use crate::flight::{Flight, Standing};
+use crate::flight::Flight;
 use crate::fork;
-use crate::map::{Found, Lead, Map, Place};
+use crate::lead::{Lead, Place};
+use crate::map::{Found, Map};
+use crate::seat::Standing;
 use crate::sync::Arc;
 use crate::waiter::{NO_LOOP, Wakeup};
 

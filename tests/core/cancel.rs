@@ -4,8 +4,9 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::{Standing, State};
+use llm_batch_coalesce::flight::State;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 use llm_batch_coalesce::waiter::{NO_LOOP, Wakeup};
 
 use crate::ops::{Led, cancel, forget, lead_in_task, load, put};

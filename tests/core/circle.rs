@@ -6,7 +6,8 @@ use std::thread;
 use llm_batch_coalesce::circle::{BlockedLoop, Circle, Nested, Source};
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::family::Family;
-use llm_batch_coalesce::map::{Lead, Map, Settings};
+use llm_batch_coalesce::lead::Lead;
+use llm_batch_coalesce::map::{Map, Settings};
 
 use crate::ops::lead_in_task;
 use crate::support::{Outcome, Plain, Tasks, in_time, join, lead, lead_on};

@@ -3,8 +3,8 @@
 use std::sync::mpsc::{self, TryRecvError};
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::Standing;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::support::{Outcome, Plain, contains, hit, join, lead, read};
 

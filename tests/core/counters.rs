@@ -6,8 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::{Flight, Standing};
-use llm_batch_coalesce::map::{Lead, Map, Place, Settings};
+use llm_batch_coalesce::flight::Flight;
+use llm_batch_coalesce::lead::{Lead, Place};
+use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 use llm_batch_coalesce::stats::Stats;
 use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Wakeup};
 

@@ -6,8 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use llm_batch_coalesce::clock::{FOREVER, Nanos};
-use llm_batch_coalesce::flight::Standing;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::support::{Outcome, Plain, Served, in_time, join, lead, read, request};
 

@@ -3,8 +3,8 @@
 use std::sync::mpsc;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::Standing;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::ops::{forget, load, put};
 use crate::support::{Clock, Outcome, Plain, SECOND, Served, contains, hit, join, lead, read, request};
@@ -32,7 +32,7 @@ fn what_was_retained_is_dropped_and_the_next_caller_leads() {
     assert_eq!((load(&map), map.keys(), hit(&map, KEY + 1)), ((0, 1), 1, Some(2)));
     assert!(!forget(&map, KEY), "it is forgotten");
 
-    let call = |lead: llm_batch_coalesce::map::Lead<Plain>| {
+    let call = |lead: llm_batch_coalesce::lead::Lead<Plain>| {
         assert!(lead.complete(Outcome::new(3), FOREVER, false));
     };
     assert_eq!((request(&map, KEY, call), hit(&map, KEY)), (Served::Led, Some(3)));

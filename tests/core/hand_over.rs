@@ -5,8 +5,9 @@ use std::sync::Barrier;
 use std::thread;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::{Standing, State};
+use llm_batch_coalesce::flight::State;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::support::{Outcome, Plain, contains, hit, in_time, join, lead, read};
 

@@ -7,7 +7,8 @@ use std::thread;
 
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::family::Family;
-use llm_batch_coalesce::map::{Found, Lead, Map, Settings};
+use llm_batch_coalesce::lead::Lead;
+use llm_batch_coalesce::map::{Found, Map, Settings};
 use llm_batch_coalesce::stats::Stats;
 use llm_batch_coalesce::waiter::{NO_LOOP, Origin, Waiter};
 

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use llm_batch_coalesce::circle::BlockedLoop;
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::{Standing, State};
-use llm_batch_coalesce::map::{Map, Place, Settings};
+use llm_batch_coalesce::flight::State;
+use llm_batch_coalesce::lead::Place;
+use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::ops::load;
 use crate::support::{Clock, Outcome, Plain, SECOND, Tasks, contains, eventually, hit, in_time, join};

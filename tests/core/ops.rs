@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use llm_batch_coalesce::clock::Nanos;
-use llm_batch_coalesce::map::{Lead, Map, Place};
+use llm_batch_coalesce::lead::{Lead, Place};
+use llm_batch_coalesce::map::Map;
 
 use crate::support::{Call, Outcome, Plain, Task, hash, lead_on};
 

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::{Standing, State};
+use llm_batch_coalesce::flight::State;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::ops::{forget, load, put, reports};
 use crate::support::{

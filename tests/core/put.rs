@@ -3,8 +3,8 @@
 use std::sync::mpsc::{self, TryRecvError};
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::Standing;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::ops::{load, peek, put};
 use crate::support::{Clock, Outcome, Plain, SECOND, Served, contains, hit, join, lead, read, request};

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::Standing;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 use llm_batch_coalesce::stats::Stats;
 
 use crate::ops::{cancel, lead_in_task, put};

@@ -5,8 +5,8 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::Standing;
 use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::ops::{cancel, forget, load, put};
 use crate::support::{

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::Standing;
-use llm_batch_coalesce::map::{Lead, Map, Place, Settings};
+use llm_batch_coalesce::lead::{Lead, Place};
+use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 
 use crate::support::{Call, Outcome, Plain, hit, join, lead_on, read};
 

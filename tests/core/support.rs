@@ -11,8 +11,10 @@ use std::time::Duration;
 use llm_batch_coalesce::clock::{self, Nanos};
 use llm_batch_coalesce::expiry;
 use llm_batch_coalesce::family::Family;
-use llm_batch_coalesce::flight::{Flight, Standing};
-use llm_batch_coalesce::map::{Found, Lead, Map, Place};
+use llm_batch_coalesce::flight::Flight;
+use llm_batch_coalesce::lead::{Lead, Place};
+use llm_batch_coalesce::map::{Found, Map};
+use llm_batch_coalesce::seat::Standing;
 use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Origin, Waiter, Wakeup};
 
 use crate::ops;

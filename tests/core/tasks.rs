@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use llm_batch_coalesce::clock::FOREVER;
 use llm_batch_coalesce::expiry;
-use llm_batch_coalesce::flight::{Flight, Standing, State};
-use llm_batch_coalesce::map::{Lead, Map, Place, Settings};
+use llm_batch_coalesce::flight::{Flight, State};
+use llm_batch_coalesce::lead::{Lead, Place};
+use llm_batch_coalesce::map::{Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 use llm_batch_coalesce::waiter::{NO_LOOP, Wakeup};
 
 use crate::support::{

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::flight::Standing;
+use llm_batch_coalesce::seat::Standing;
 use loom::thread;
 
 use crate::support::{

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use llm_batch_coalesce::clock::FOREVER;
-use llm_batch_coalesce::map::{Lead, Map, Settings};
+use llm_batch_coalesce::lead::Lead;
+use llm_batch_coalesce::map::{Map, Settings};
 use llm_batch_coalesce::waiter::{NO_LOOP, Origin};
 use loom::thread;
 

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use llm_batch_coalesce::clock::{FOREVER, Nanos};
 use llm_batch_coalesce::family::Family;
-use llm_batch_coalesce::flight::{Flight, Standing};
-use llm_batch_coalesce::map::{Found, Lead, Map, Place, Settings};
+use llm_batch_coalesce::flight::Flight;
+use llm_batch_coalesce::lead::{Lead, Place};
+use llm_batch_coalesce::map::{Found, Map, Settings};
+use llm_batch_coalesce::seat::Standing;
 use llm_batch_coalesce::waiter::{LoopId, NO_LOOP, Origin, Waiter, Wakeup};
 
 pub(crate) const KEY: u64 = 1;

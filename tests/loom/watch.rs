@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use llm_batch_coalesce::flight::Standing;
+use llm_batch_coalesce::seat::Standing;
 use loom::thread;
 
 use crate::support::{FakeCall, LOOP, hold_clock, join_as_task, lead_on, new_map};
