@@ -12,7 +12,7 @@ use crate::lead::{Lead, Place};
 use crate::roster::Roster;
 use crate::shard::{Quota, Shard};
 use crate::stats::{Stats, Striped, cpus};
-use crate::sync::{Arc, Mutex, OnceLock, Ordering, Weak};
+use crate::sync::{Arc, AtomicU64, Mutex, OnceLock, Ordering, Weak};
 use crate::table::Claim;
 use crate::waiter::{LoopId, NO_LOOP, Origin, Wakeup};
 
@@ -40,6 +40,7 @@ pub struct Map<F: Family> {
     birth: u32,
     shards: Box<[Shard<F>]>,
     hits: Striped,
+    uncounted_hits: AtomicU64,
     settings: Settings,
     /// Flights that end only if somebody looks after them: see [`Flight::needs_watch`].
     watched: Mutex<Vec<Weak<Flight<F>>>>,
@@ -79,6 +80,7 @@ impl<F: Family> Map<F> {
             birth: fork::birth(),
             shards: (0..shards).map(|_| Shard::new(quota.as_ref())).collect(),
             hits: Striped::new(),
+            uncounted_hits: AtomicU64::new(0),
             settings,
             watched: Mutex::new(Vec::new()),
             forgotten: Roster::new(),
@@ -333,6 +335,11 @@ impl<F: Family> Map<F> {
         Some(Place::new(self, seat, false))
     }
 
+    /// Takes back that a hit was counted, since its caller will ask again.
+    pub fn uncount_hit(&self) {
+        self.uncounted_hits.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts a caller that did not want to wait.
     pub fn count_timeout(&self, hash: u64) {
         self.shard(hash).counters.timeouts.fetch_add(1, Ordering::Relaxed);
@@ -430,7 +437,9 @@ impl<F: Family> Map<F> {
     }
 
     fn count(&self) -> Stats {
-        let mut stats = Stats { hits: self.hits.sum(), ..Stats::default() };
+        // Relaxed: as for all counters. What must not be the larger is read first.
+        let uncounted = self.uncounted_hits.load(Ordering::Relaxed);
+        let mut stats = Stats { hits: self.hits.sum() - uncounted, ..Stats::default() };
         for shard in &self.shards {
             shard.counters.add_to(&mut stats);
         }

@@ -1,5 +1,6 @@
 //! The binding: `llm_batch_coalesce._core`.
 
+mod answer;
 mod coalescer;
 mod family;
 mod ffi;

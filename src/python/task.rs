@@ -8,7 +8,8 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyWeakrefReference;
 
-use super::coalescer::{Answer, Coalescer, Request, Role, cancelled_error, timeout_error};
+use super::answer::{Answer, Request, Role};
+use super::coalescer::{Coalescer, cancelled_error, timeout_error};
 use super::family::{Python3, TaskCall, TaskWaiter, check_interrupt};
 use super::ffi;
 use super::inside::Within;

@@ -7,9 +7,8 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use super::coalescer::{
-    Answer, Coalescer, Options, Request, Role, cancelled_error, find, find_value, timeout_error,
-};
+use super::answer::{Answer, Request, Role, find, find_value};
+use super::coalescer::{Coalescer, Options, cancelled_error, timeout_error};
 use super::family::{Python3, Shared, running_loop};
 use super::hooks::Hooks;
 use super::inside::{Inside, Led};

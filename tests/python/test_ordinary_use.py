@@ -152,3 +152,12 @@ def test_the_sweeper_has_a_thread_of_its_own_where_threads_are_patched():
     command = [sys.executable, "-c", PATCHED_THREADS]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "freed\n", "")
+
+
+def test_a_call_may_return_its_own_callable():
+    async def call():
+        return call
+
+    coalescer = AsyncBatchCoalescer()
+    assert [asyncio.run(coalescer.get_or_call("k", call)) for _ in range(3)] == [call] * 3
+    assert (coalescer.stats().calls, coalescer.stats().hits) == (1, 2)
