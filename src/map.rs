@@ -439,7 +439,7 @@ impl<F: Family> Map<F> {
     fn count(&self) -> Stats {
         // Relaxed: as for all counters. What must not be the larger is read first.
         let uncounted = self.uncounted_hits.load(Ordering::Relaxed);
-        let mut stats = Stats { hits: self.hits.sum() - uncounted, ..Stats::default() };
+        let mut stats = Stats { hits: self.hits.sum().saturating_sub(uncounted), ..Stats::default() };
         for shard in &self.shards {
             shard.counters.add_to(&mut stats);
         }
