@@ -121,19 +121,17 @@ impl<F: Family> Flight<F> {
 
     /// One that has landed already, with an outcome that no call has made.
     pub(crate) fn landed(hash: u64, key: F::Key, outcome: F::Outcome, deadline: Nanos) -> Self {
-        let flight = Self {
+        Self {
             hash,
             key,
-            outcome: OutcomeCell::empty(),
+            outcome: OutcomeCell::holding(outcome),
             deadline: AtomicU64::new(deadline),
             takers: AtomicU32::new(0),
             joined: AtomicU32::new(0),
             duration: AtomicU32::new(0),
             state: AtomicU8::new(State::Retained as u8),
             pending: Mutex::new(None),
-        };
-        flight.outcome.set(outcome);
-        flight
+        }
     }
 
     #[inline]

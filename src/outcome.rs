@@ -27,7 +27,7 @@ impl<T> UnsafeCell<T> {
 
 /// Written by the one that lands the flight, read by whoever has seen the flight's state say so.
 ///
-/// All functions are private to the flight (`pub(crate)` for it alone), whose rules make them sound.
+/// All functions are for the flight and its seats alone, whose rules make them sound.
 pub(crate) struct OutcomeCell<O>(UnsafeCell<Option<O>>);
 
 // SAFETY: the flight writes once before it publishes its state (release) and reads after it has acquired that state;
@@ -38,6 +38,10 @@ unsafe impl<O: Send + Sync> Sync for OutcomeCell<O> {}
 impl<O> OutcomeCell<O> {
     pub(crate) fn empty() -> Self {
         Self(UnsafeCell::new(None))
+    }
+
+    pub(crate) fn holding(outcome: O) -> Self {
+        Self(UnsafeCell::new(Some(outcome)))
     }
 
     /// Only under the flight's mutex, while the flight is pending.

@@ -269,7 +269,7 @@ def make():
     alive.add(thing)
     return thing
 
-alive, coalescer = weakref.WeakSet(), BatchCoalescer(ttl_seconds=100)
+alive, coalescer = weakref.WeakSet(), BatchCoalescer(ttl_seconds=0.3)
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 with open("/proc/self/statm") as statm:
     used = int(statm.read().split()[0]) * resource.getpagesize()
@@ -281,8 +281,7 @@ with open("/proc/self/stat") as stat:
     assert stat.read().rsplit(")")[-1].split()[17] == "1", "the sweeper has started"
 for number in range(100):
     coalescer.get_or_call(number, make)
-assert len(alive) == 101
-_core._advance_clock(101)
+# Nobody moves the clock: that would wake the sweeper whatever it waits for.
 wait_until(lambda: not alive)
 print("freed")
 """
