@@ -58,6 +58,10 @@ impl<F: Family> Wake<F> {
         Self { threads: None, one: None, tasks: Vec::new() }
     }
 
+    pub(crate) fn is_for_somebody(&self) -> bool {
+        self.threads.is_some() || self.one.is_some() || !self.tasks.is_empty()
+    }
+
     pub(crate) fn now(self) {
         if let Some(chain) = self.threads {
             chain.pass();

@@ -28,10 +28,12 @@ pub enum Source {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Circle;
 
-/// A flight that something waits for.
-trait Target: Send + Sync {
+/// A flight that something waits for, whatever its family.
+pub trait Target: Send + Sync {
     /// What would have to go on for it to land.
     fn sources(&self) -> Vec<Source>;
+    /// The number of its present lead; `None` when it is over.
+    fn epoch(&self) -> Option<u32>;
 }
 
 impl<F: Family> Target for Flight<F> {
@@ -39,6 +41,10 @@ impl<F: Family> Target for Flight<F> {
         let Some((epoch, loop_id)) = self.lead() else { return Vec::new() };
         let call = Source::Call(std::ptr::from_ref(self).addr(), epoch);
         if loop_id == NO_LOOP { vec![call] } else { vec![call, Source::Loop(loop_id)] }
+    }
+
+    fn epoch(&self) -> Option<u32> {
+        Flight::epoch(self)
     }
 }
 
@@ -76,7 +82,11 @@ pub struct Nested {
 impl Nested {
     /// Notes that all of `inside` will wait for this flight, unless one of them is what it depends on itself.
     pub fn begin<F: Family>(inside: Vec<Source>, flight: &Arc<Flight<F>>) -> Result<Self, Circle> {
-        let target: Arc<dyn Target> = Arc::clone(flight) as Arc<dyn Target>;
+        Self::begin_for(inside, &(Arc::clone(flight) as Arc<dyn Target>))
+    }
+
+    /// The same for a flight of whatever family.
+    pub fn begin_for(inside: Vec<Source>, target: &Arc<dyn Target>) -> Result<Self, Circle> {
         let mut waits = waits();
         // Depth first through all that the flight depends on.
         let mut seen = HashSet::new();
@@ -94,7 +104,7 @@ impl Nested {
         let number = waits.next;
         waits.next += 1;
         for &source in &inside {
-            waits.targets.entry(source).or_default().push((number, Arc::clone(&target)));
+            waits.targets.entry(source).or_default().push((number, Arc::clone(target)));
         }
         let birth = waits.birth;
         drop(waits);

@@ -37,4 +37,11 @@ pub trait Family: Sized + 'static {
     fn report_over_age(_name: Option<&str>, _key: &Self::Key, _age: Duration) {}
     /// Whether the call can never finish, because its loop is closed or its task is gone.
     fn call_is_lost(call: &Self::Call) -> bool;
+    /// Whether somebody besides the flight's waiters, and elsewhere than on the call's loop, depends on it; called under
+    /// the flight's mutex.
+    fn is_needed_elsewhere(_call: &Self::Call) -> bool {
+        false
+    }
+    /// Tells those besides the flight's waiters that the call is lost.
+    fn call_lost(_call: Self::Call) {}
 }

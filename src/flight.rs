@@ -89,7 +89,14 @@ pub struct View<F: Family> {
 }
 
 impl<F: Family> Flight<F> {
-    pub(crate) fn new(hash: u64, key: F::Key, led_by: Origin, since: Nanos, over_age_at: Nanos) -> Self {
+    pub(crate) fn new(
+        hash: u64,
+        key: F::Key,
+        led_by: Origin,
+        call: Option<F::Call>,
+        since: Nanos,
+        over_age_at: Nanos,
+    ) -> Self {
         let pending = Pending {
             epoch: 0,
             callers: 0,
@@ -97,7 +104,7 @@ impl<F: Family> Flight<F> {
             offer: None,
             owned: true,
             caller: None,
-            call: None,
+            call,
             finishes: false,
             led_by,
             since,
@@ -224,6 +231,11 @@ impl<F: Family> Flight<F> {
         self.pending.lock().as_ref().map_or(0, |open| open.waiters.len())
     }
 
+    /// The call, if one is known and under way.
+    pub fn call(&self) -> Option<F::Call> {
+        self.pending.lock().as_ref().and_then(|open| open.call.as_ref().map(F::share_call))
+    }
+
     /// The call's task and the loop that it runs on, if another loop than `from` leads.
     pub(crate) fn call_led_elsewhere(&self, from: LoopId) -> Option<(F::Call, u32)> {
         let pending = self.pending.lock();
@@ -259,9 +271,15 @@ impl<F: Family> Flight<F> {
     }
 
     /// Takes a seat, if the flight is still under way. Also tells which lists of the map lack the flight now.
-    pub(crate) fn join(self: &Arc<Self>, loop_id: LoopId, wakeup: Wakeup<F>) -> Option<(Seat<F>, News)> {
+    pub(crate) fn join(
+        self: &Arc<Self>,
+        loop_id: LoopId,
+        wakeup: Wakeup<F>,
+        busy: bool,
+    ) -> Option<(Seat<F>, News)> {
         use std::mem::replace;
         let waiter = Waiter::new(loop_id, wakeup);
+        waiter.set_busy(busy);
         let mut pending = self.pending.lock();
         let open = pending.as_mut()?;
         open.callers += 1;
@@ -272,6 +290,18 @@ impl<F: Family> Flight<F> {
         let awaited = waiter.task().is_some() && !replace(&mut open.awaited, true);
         drop(pending);
         Some((Seat { flight: Arc::clone(self), waiter }, News { watch, awaited }))
+    }
+
+    /// The waiter has nothing else to do any more.
+    pub(crate) fn begin_waiting(&self, waiter: &Waiter<F>) {
+        let pending = self.pending.lock();
+        waiter.set_busy(false);
+        drop(pending);
+    }
+
+    /// Whether the lead of this number is under way, and the map still has the flight.
+    pub(crate) fn is_owned(&self, epoch: u32) -> bool {
+        self.pending.lock().as_ref().is_some_and(|open| open.epoch == epoch && open.owned)
     }
 
     /// True if it is under way and was not on the list of flights to watch, where its caller puts it now.
@@ -332,8 +362,9 @@ impl<F: Family> Flight<F> {
         let leaderless = offer.is_some();
         let waiters: Vec<_> = offer.map(|offer| offer.to).into_iter().chain(open.waiters.drain(..)).collect();
         open.callers -= u32::try_from(waiters.len()).unwrap_or(u32::MAX);
-        let (tasks, threads): (Vec<_>, Vec<_>) =
+        let (tasks, mut threads): (Vec<_>, Vec<_>) =
             waiters.iter().cloned().partition(|waiter| waiter.task().is_some());
+        threads.retain(|waiter| !waiter.is_busy());
         // Before their fates: who sees its fate passes the baton on.
         let threads = (!threads.is_empty()).then(|| Chain::link(threads));
         for waiter in &waiters {
@@ -368,6 +399,7 @@ impl<F: Family> Flight<F> {
         let mut tasks = Vec::new();
         for waiter in rest.waiters.drain(..).chain(rest.caller.take()) {
             match waiter.wakeup {
+                Wakeup::Thread(_) if waiter.is_busy() => {}
                 Wakeup::Thread(_) => threads.push(waiter),
                 Wakeup::Task(_) | Wakeup::Caller(_) => tasks.push(waiter),
             }
@@ -443,9 +475,13 @@ impl<F: Family> Flight<F> {
         open.epoch += 1;
         open.offer = None;
         handed.call = open.call.take();
-        // One whose loop is blocked could not come for it.
-        let first = open.waiters.iter().position(|waiter| !is_blocked(waiter.loop_id)).unwrap_or_default();
-        let Some(next) = open.waiters.remove(first) else {
+        // One whose loop is blocked could not come for it, unless nobody else can.
+        let idle = |waiter: &Arc<Waiter<F>>| !waiter.is_busy();
+        let able = |waiter: &Arc<Waiter<F>>| idle(waiter) && !is_blocked(waiter.loop_id);
+        let first = open.waiters.iter().position(able).or_else(|| open.waiters.iter().position(idle));
+        let Some(next) = first.and_then(|first| open.waiters.remove(first)) else {
+            // Those who are busy ask again when they come.
+            open.waiters.iter().for_each(|waiter| waiter.set_fate(Fate::Withdrawn));
             handed.to = NextLead::Nobody { owned: open.owned };
             handed.rest = slot.take();
             self.set_state(State::Ended);
@@ -506,7 +542,9 @@ impl<F: Family> Flight<F> {
         let mut pending = self.pending.lock();
         let Some(open) = pending.as_mut() else { return false };
         let led_on = open.led_by.loop_id;
-        let elsewhere = led_on != NO_LOOP && open.waiters.iter().any(|waiter| waiter.loop_id != led_on);
+        let elsewhere = led_on != NO_LOOP
+            && (open.waiters.iter().any(|waiter| waiter.loop_id != led_on)
+                || open.call.as_ref().is_some_and(F::is_needed_elsewhere));
         let offered = open.offer.as_ref().is_some_and(|offer| offer.to.task().is_some());
         let may_age = self.deadline() != FOREVER && !open.reported;
         open.watched = elsewhere || offered || may_age;

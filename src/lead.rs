@@ -29,6 +29,10 @@ impl<F: Family> Lead<F> {
         &self.flight
     }
 
+    pub fn map(&self) -> &Arc<Map<F>> {
+        &self.map
+    }
+
     pub fn epoch(&self) -> u32 {
         self.epoch
     }
@@ -46,6 +50,16 @@ impl<F: Family> Lead<F> {
     /// Tells which task runs the call.
     pub fn led_by(&self, call: F::Call) {
         self.flight.led_by(self.epoch, call);
+    }
+
+    /// Whether an outcome that came now could be retained.
+    pub fn is_owned(&self) -> bool {
+        self.map.is_current() && self.flight.is_owned(self.epoch)
+    }
+
+    /// Counts its caller as served by a store, and not by a call.
+    pub fn count_store_hit(&self) {
+        self.map.shard(self.flight.hash()).counters.store_hits.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Shares the outcome, retained for `ttl` from now. False if the lead was taken away in the meantime.
@@ -140,10 +154,15 @@ impl<F: Family> Place<F> {
         let epoch = self.seat.accept_offer(thread, self.map.settings().max_flight)?;
         let flight = Arc::clone(self.seat.flight());
         self.count(|counters| &counters.taken_over);
-        if self.map.settings().max_flight != FOREVER && flight.note_watched() {
+        if self.map.settings().max_flight != FOREVER {
             self.map.watch(&flight);
         }
         Some(Lead::new(&self.map, flight, epoch))
+    }
+
+    /// From now on the lead may be offered to it.
+    pub fn begin_waiting(&self) {
+        self.seat.begin_waiting();
     }
 
     /// Counts a waiter that was served.

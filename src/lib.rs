@@ -32,6 +32,7 @@ mod roster;
 pub mod seat;
 mod shard;
 pub mod stats;
+pub mod stream;
 mod sync;
 mod table;
 pub mod waiter;

@@ -196,10 +196,21 @@ impl<F: Family> Map<F> {
         key: F::Key,
         origin: Origin,
     ) -> Result<Option<Lead<F>>, F::Error> {
+        self.claim_for(hash, key, origin, None)
+    }
+
+    /// The same for a call that is known already.
+    pub fn claim_for(
+        self: &Arc<Self>,
+        hash: u64,
+        key: F::Key,
+        origin: Origin,
+        call: Option<F::Call>,
+    ) -> Result<Option<Lead<F>>, F::Error> {
         let shard = self.shard(hash);
         let since = now();
         let over_age_at = since.saturating_add(self.settings.max_flight);
-        let flight = Arc::new(Flight::new(hash, key, origin, since, over_age_at));
+        let flight = Arc::new(Flight::new(hash, key, origin, call, since, over_age_at));
         let gives_way = |found: &Flight<F>| !found.is_live(now_coarse());
         let Claim::Claimed { replaced } = shard.table.insert(&flight, gives_way)? else { return Ok(None) };
         if let Some(old) = replaced {
@@ -207,7 +218,7 @@ impl<F: Family> Map<F> {
         }
         shard.note_claimed();
         if over_age_at != FOREVER {
-            self.watch(&flight);
+            self.watch_noted(&flight);
         }
         Ok(Some(Lead::new(self, flight, 0)))
     }
@@ -259,7 +270,7 @@ impl<F: Family> Map<F> {
     }
 
     /// The key's flight, under way, retained or over.
-    fn get(&self, hash: u64, key: &F::Key) -> Result<Option<Arc<Flight<F>>>, F::Error> {
+    pub fn get(&self, hash: u64, key: &F::Key) -> Result<Option<Arc<Flight<F>>>, F::Error> {
         self.shard(hash).table.read(hash, key, |flight, _| Arc::clone(flight))
     }
 
@@ -271,7 +282,8 @@ impl<F: Family> Map<F> {
         Ok(there)
     }
 
-    fn let_go(&self, flight: &Arc<Flight<F>>) {
+    /// Drops this very flight.
+    pub fn let_go(&self, flight: &Arc<Flight<F>>) {
         let shard = self.shard(flight.hash());
         if self.take_out(shard, flight) {
             shard.table.flush();
@@ -316,6 +328,27 @@ impl<F: Family> Map<F> {
         loop_id: LoopId,
         wakeup: Wakeup<F>,
     ) -> Option<Place<F>> {
+        self.take_seat(flight, loop_id, wakeup, false)
+    }
+
+    /// The same for a caller that has something else to do before it [begins to wait](Place::begin_waiting). Until then
+    /// the lead goes to others; if there are none, the caller asks again.
+    pub fn join_busy(
+        self: &Arc<Self>,
+        flight: &Arc<Flight<F>>,
+        loop_id: LoopId,
+        wakeup: Wakeup<F>,
+    ) -> Option<Place<F>> {
+        self.take_seat(flight, loop_id, wakeup, true)
+    }
+
+    fn take_seat(
+        self: &Arc<Self>,
+        flight: &Arc<Flight<F>>,
+        loop_id: LoopId,
+        wakeup: Wakeup<F>,
+        busy: bool,
+    ) -> Option<Place<F>> {
         if let Some((call, epoch)) = flight.call_led_elsewhere(loop_id)
             && F::call_is_lost(&call)
         {
@@ -325,9 +358,9 @@ impl<F: Family> Map<F> {
         if !self.is_current() {
             return None;
         }
-        let (seat, news) = flight.join(loop_id, wakeup)?;
+        let (seat, news) = flight.join(loop_id, wakeup, busy)?;
         if news.watch {
-            self.watch(flight);
+            self.watch_noted(flight);
         }
         if news.awaited {
             self.awaited.add(flight);
@@ -338,6 +371,21 @@ impl<F: Family> Map<F> {
     /// Takes back that a hit was counted, since its caller will ask again.
     pub fn uncount_hit(&self) {
         self.uncounted_hits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a store that failed.
+    pub fn count_store_error(&self, hash: u64) {
+        self.shard(hash).counters.store_errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a caller that shares a flight without a seat in it.
+    pub fn count_joined(&self, hash: u64) {
+        self.shard(hash).counters.joined.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts one that left such a flight with nothing.
+    pub fn count_cancelled(&self, hash: u64) {
+        self.shard(hash).counters.cancelled.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts a caller that did not want to wait.
@@ -464,11 +512,7 @@ impl<F: Family> Map<F> {
         loop {
             match handed.to {
                 NextLead::Nobody { owned } => self.flight_over(flight, owned),
-                NextLead::Task => {
-                    if flight.note_watched() {
-                        self.watch(flight);
-                    }
-                }
+                NextLead::Task => self.watch(flight),
                 NextLead::Thread => {}
             }
             let offered_to = handed.offered_to.take();
@@ -484,13 +528,24 @@ impl<F: Family> Map<F> {
 
     /// The call can no longer end by itself: its loop is closed.
     fn lose_call(self: &Arc<Self>, flight: &Arc<Flight<F>>, epoch: u32) {
-        if let Some(handed) = flight.hand_over(epoch, true) {
+        if let Some(mut handed) = flight.hand_over(epoch, true) {
+            let call = handed.call.take();
             self.settle(flight, handed);
+            if let Some(call) = call {
+                F::call_lost(call);
+            }
+        }
+    }
+
+    /// Looks after the flight from time to time, as long as it [needs that](Flight::needs_watch).
+    pub fn watch(self: &Arc<Self>, flight: &Arc<Flight<F>>) {
+        if flight.note_watched() {
+            self.watch_noted(flight);
         }
     }
 
     /// The flight has just been marked as watched.
-    pub(crate) fn watch(self: &Arc<Self>, flight: &Arc<Flight<F>>) {
+    fn watch_noted(self: &Arc<Self>, flight: &Arc<Flight<F>>) {
         self.watched.lock().push(Arc::downgrade(flight));
         expiry::wake_for_watch(self);
     }

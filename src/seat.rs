@@ -4,7 +4,7 @@ use crate::aftermath::Left;
 use crate::clock::Nanos;
 use crate::family::Family;
 use crate::flight::{Flight, State};
-use crate::sync::Arc;
+use crate::sync::{Arc, park_until};
 use crate::waiter::{Fate, Waiter, Wakeup};
 
 /// How a waiter's flight stands.
@@ -78,38 +78,14 @@ impl<F: Family> Seat<F> {
         refused.is_none()
     }
 
-    /// Blocks this thread until its flight has something for it, or until `limit` has passed.
-    #[cfg(not(loom))]
-    pub fn wait(&self, limit: Option<std::time::Duration>) -> Standing {
-        let until = limit.map(|limit| std::time::Instant::now() + limit);
-        loop {
-            let standing = self.standing();
-            if standing != Standing::Waiting {
-                return standing;
-            }
-            match until {
-                None => crate::sync::park(),
-                Some(until) => {
-                    let left = until.saturating_duration_since(std::time::Instant::now());
-                    if left.is_zero() {
-                        return standing;
-                    }
-                    crate::sync::park_timeout(left);
-                }
-            }
-        }
+    pub(crate) fn begin_waiting(&self) {
+        self.flight.begin_waiting(&self.waiter);
     }
 
-    /// Blocks this thread until its flight has something for it.
-    #[cfg(loom)]
-    pub fn wait(&self) -> Standing {
-        loop {
-            let standing = self.standing();
-            if standing != Standing::Waiting {
-                return standing;
-            }
-            crate::sync::park();
-        }
+    /// Blocks this thread until its flight has something for it, or until `limit` has passed.
+    pub fn wait(&self, limit: Option<std::time::Duration>) -> Standing {
+        park_until(limit, || self.standing() != Standing::Waiting);
+        self.standing()
     }
 
     /// Wakes on the threads that wait behind this one; a woken waiter does so before anything that can fail.

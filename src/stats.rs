@@ -58,6 +58,9 @@ pub(crate) struct Counters {
     pub(crate) timeouts: AtomicU64,
     pub(crate) cancelled: AtomicU64,
     pub(crate) errors: AtomicU64,
+    /// Leads whose outcome came from a store.
+    pub(crate) store_hits: AtomicU64,
+    pub(crate) store_errors: AtomicU64,
 }
 
 /// A reading of all counters. Exact while nobody calls.
@@ -82,9 +85,32 @@ pub struct Stats {
     /// Flights under way.
     pub in_flight: u64,
     pub retained: u64,
+    /// Callers that would have led, but were served by a store; they are among the hits.
+    pub store_hits: u64,
+    /// Failures of the store.
+    pub store_errors: u64,
 }
 
 impl Stats {
+    /// Both together.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            calls: self.calls + other.calls,
+            joined: self.joined + other.joined,
+            hits: self.hits + other.hits,
+            errors: self.errors + other.errors,
+            timeouts: self.timeouts + other.timeouts,
+            cancelled: self.cancelled + other.cancelled,
+            handed_over: self.handed_over + other.handed_over,
+            evicted: self.evicted + other.evicted,
+            in_flight: self.in_flight + other.in_flight,
+            retained: self.retained + other.retained,
+            store_hits: self.store_hits + other.store_hits,
+            store_errors: self.store_errors + other.store_errors,
+        }
+    }
+
     /// What was counted since an earlier reading. What is under way or retained is no count.
     #[must_use]
     pub(crate) fn since(&self, earlier: &Self) -> Self {
@@ -99,6 +125,8 @@ impl Stats {
             evicted: self.evicted.saturating_sub(earlier.evicted),
             in_flight: self.in_flight,
             retained: self.retained,
+            store_hits: self.store_hits.saturating_sub(earlier.store_hits),
+            store_errors: self.store_errors.saturating_sub(earlier.store_errors),
         }
     }
 }
@@ -108,10 +136,14 @@ impl Counters {
         // Relaxed: exact while nobody calls, and then everything is ordered. What must not be the larger is read first.
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let (released, ended) = (read(&self.released), read(&self.ended));
+        let store_hits = read(&self.store_hits);
         let retained = read(&self.retained);
         let (claimed, primed) = (read(&self.claimed), read(&self.primed));
         let taken_over = read(&self.taken_over);
-        stats.calls += claimed + taken_over;
+        stats.calls += (claimed + taken_over).saturating_sub(store_hits);
+        stats.hits += store_hits;
+        stats.store_hits += store_hits;
+        stats.store_errors += read(&self.store_errors);
         stats.handed_over += taken_over;
         stats.joined += read(&self.joined);
         stats.errors += read(&self.errors);

@@ -5,13 +5,13 @@
 
 #[cfg(loom)]
 pub(crate) use loom::{
-    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
-    thread::{Thread, current, park},
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    thread::{Thread, current},
 };
 #[cfg(not(loom))]
 pub(crate) use std::{
-    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
-    thread::{Thread, current, park, park_timeout},
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    thread::{Thread, current},
 };
 
 // Loom's own `Arc` has no `Weak`; ownership is not what the models are about.
@@ -44,3 +44,31 @@ impl<T> Mutex<T> {
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Padded<T>(pub(crate) T);
+
+/// Blocks this thread, which whoever makes `over` true unparks. False if `limit` has passed before.
+#[cfg(not(loom))]
+pub(crate) fn park_until(limit: Option<std::time::Duration>, over: impl Fn() -> bool) -> bool {
+    let until = limit.map(|limit| std::time::Instant::now() + limit);
+    while !over() {
+        match until {
+            None => std::thread::park(),
+            Some(until) => {
+                let left = until.saturating_duration_since(std::time::Instant::now());
+                if left.is_zero() {
+                    return false;
+                }
+                std::thread::park_timeout(left);
+            }
+        }
+    }
+    true
+}
+
+/// The same in a model, where no time passes.
+#[cfg(loom)]
+pub(crate) fn park_until(_limit: Option<std::time::Duration>, over: impl Fn() -> bool) -> bool {
+    while !over() {
+        loom::thread::park();
+    }
+    true
+}

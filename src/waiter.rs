@@ -4,7 +4,7 @@
 //! wakes [`Family::wake_fan`] of them, and each of those, once it is back, wakes as many more: see [`Chain`].
 
 use crate::family::Family;
-use crate::sync::{Arc, AtomicU8, AtomicUsize, Mutex, OnceLock, Ordering, Thread, current};
+use crate::sync::{Arc, AtomicBool, AtomicU8, AtomicUsize, Mutex, OnceLock, Ordering, Thread, current};
 
 /// Identifies an event loop; threads outside of any are [`NO_LOOP`].
 pub type LoopId = usize;
@@ -49,6 +49,8 @@ pub enum Fate {
 
 pub struct Waiter<F: Family> {
     fate: AtomicU8,
+    /// Whether it has something else to do before it waits: it cannot come for the lead, nor pass a baton on.
+    busy: AtomicBool,
     pub(crate) loop_id: LoopId,
     pub(crate) wakeup: Wakeup<F>,
     /// Set before the flight is seen to have landed.
@@ -58,7 +60,17 @@ pub struct Waiter<F: Family> {
 impl<F: Family> Waiter<F> {
     pub(crate) fn new(loop_id: LoopId, wakeup: Wakeup<F>) -> Arc<Self> {
         let fate = AtomicU8::new(Fate::Waiting as u8);
-        Arc::new(Self { fate, loop_id, wakeup, chain: Mutex::new(None) })
+        Arc::new(Self { fate, busy: AtomicBool::new(false), loop_id, wakeup, chain: Mutex::new(None) })
+    }
+
+    pub(crate) fn is_busy(&self) -> bool {
+        // Relaxed: the flight's mutex orders it.
+        self.busy.load(Ordering::Relaxed)
+    }
+
+    /// Only under the flight's mutex.
+    pub(crate) fn set_busy(&self, busy: bool) {
+        self.busy.store(busy, Ordering::Relaxed);
     }
 
     pub fn task(&self) -> Option<&F::Task> {
