@@ -15,8 +15,10 @@ from llm_batch_coalesce._errors import (
     CallResultError,
     CoalesceError,
     DeadlockError,
+    MissingKeysError,
     RecursiveCallError,
     SharedCallError,
+    StreamLagError,
 )
 from llm_batch_coalesce._reports import FlightInfo, Outcome, Stats
 from llm_batch_coalesce._requests import request_key
@@ -33,12 +35,14 @@ __all__ = [
     "CoalescerStats",
     "DeadlockError",
     "FlightInfo",
+    "MissingKeysError",
     "Outcome",
     "RecursiveCallError",
     "RequestCoalescer",
     "Retain",
     "SharedCallError",
     "Stats",
+    "StreamLagError",
     "__version__",
     "request_key",
 ]

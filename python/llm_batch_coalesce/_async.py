@@ -17,25 +17,34 @@ it. These are the rules.
 """
 
 import asyncio
-import contextlib
-import sys
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
-from inspect import isawaitable
-from types import CoroutineType
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
-from weakref import ReferenceType
 
 from llm_batch_coalesce._core import Coalescer, Retain, Ticket, Token
-from llm_batch_coalesce._errors import CallResultError
 from llm_batch_coalesce._face import Face
+from llm_batch_coalesce._many import gather, lead_many, single_async
 from llm_batch_coalesce._reports import Outcome
-from llm_batch_coalesce._sharing import shown
+from llm_batch_coalesce._shown import shown
+from llm_batch_coalesce._store import AsyncStore, MappingStore, TtlStore, checked, through_store
+from llm_batch_coalesce._streams import MAX_BUFFERED, pump
+from llm_batch_coalesce._tasks import CallTask, error_of, start
+from llm_batch_coalesce._warm import check, in_tasks
 
 if TYPE_CHECKING:
     from llm_batch_coalesce._sync import BatchCoalescer
 
 T = TypeVar("T")
-_CallTask = asyncio.Task[BaseException | None]
+K = TypeVar("K", bound=Hashable)
 
 
 class AsyncBatchCoalescer(Face):
@@ -61,6 +70,11 @@ class AsyncBatchCoalescer(Face):
         on_abandoned: What becomes of a call when its last caller was cancelled: `"cancel"` cancels it, `"finish"` lets
             it run on and retains its outcome.
         name: What errors, the log and `repr` call this coalescer.
+        store: A cache behind this one that the leader asks before it calls and tells when its call has succeeded: a
+            mapping (a dict, or a cache of cachetools, cachebox or diskcache), or an object with `get(key)` and
+            `set(key, value, ttl_seconds)`, plain or async. A plain one blocks the event loop while it works. What is
+            not retained is not written; a store that raises is logged, counted, and taken for a miss. `forget()` and
+            `clear()` do not reach it.
 
     Raises:
         TypeError: If an argument has the wrong type (a bool is no number).
@@ -79,7 +93,7 @@ class AsyncBatchCoalescer(Face):
 
     __slots__ = ("_prune_at", "_tasks")
 
-    _tasks: set[_CallTask]
+    _tasks: set[CallTask]
     _prune_at: int
 
     def __init__(  # noqa: PLR0913 - they are options, given by name
@@ -92,6 +106,7 @@ class AsyncBatchCoalescer(Face):
         max_retained: int | None = None,
         on_abandoned: Literal["cancel", "finish"] = "cancel",
         name: str | None = None,
+        store: MappingStore[Any] | TtlStore[Any] | AsyncStore[Any] | None = None,
     ) -> None:
         super().__init__(
             ttl_seconds,
@@ -101,6 +116,7 @@ class AsyncBatchCoalescer(Face):
             max_retained=max_retained,
             on_abandoned=on_abandoned,
             name=name,
+            store=store,
         )
         self._begin_holding()
 
@@ -244,12 +260,12 @@ class AsyncBatchCoalescer(Face):
         ttl_seconds: float | None,
         *,
         detailed: bool = False,
+        until: float | None = None,
     ) -> Any:  # noqa: ANN401 - a value or an `Outcome`
-        """Do what a ticket tells, until there is an outcome."""
-        until: float | None = None
+        """Do what a ticket tells, until there is an outcome. `until`, a time of the loop, is where a limit ends."""
         while type(found) is Ticket:
             if found.leads:
-                return await self._lead(found, fn)
+                return await self._lead(found, key, fn)
             future: Any = found.future
             limit = found.limit
             timed_out = False
@@ -274,10 +290,12 @@ class AsyncBatchCoalescer(Face):
                 found = self._begin(key, fn, timeout, ttl_seconds, detailed=detailed)
         return found
 
-    async def _lead(self, ticket: Ticket, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as above
+    async def _lead(self, ticket: Ticket, key: Hashable, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as above
         loop = asyncio.get_running_loop()
         token = ticket.token(self)
-        task = _start(_call(token, fn), loop)
+        if self._store is not None:
+            fn = partial(through_store, self, token, key, fn)
+        task = start(_call(token, fn), loop)
         if not task.done():
             token.led_by(task, asyncio.current_task(loop) or task)
             task.add_done_callback(token.task_done)
@@ -289,9 +307,9 @@ class AsyncBatchCoalescer(Face):
                 except BaseException:
                     ticket.leave()
                     # The call may have ended in the very moment; what is no Exception must not be lost (rule 4).
-                    if isinstance(_error_of(task), Exception | None):
+                    if isinstance(error_of(task), Exception | None):
                         raise
-        error = _error_of(task)
+        error = error_of(task)
         if error is not None:
             ticket.leave()
             try:
@@ -301,6 +319,189 @@ class AsyncBatchCoalescer(Face):
                 del error, task
         return ticket.outcome()
 
+    async def get_or_call_many(
+        self,
+        keys: Iterable[K],
+        fn: Callable[[list[K]], Awaitable[Mapping[K, T | Retain[T]] | Sequence[T | Retain[T]]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> dict[K, T]:
+        """Return the outcomes of many keys; those that are neither retained nor in flight are led in one call.
+
+        What this caller leads has ended before it waits for others, so callers whose keys overlap never wait for each
+        other in a circle. Where a call of others ends in a way that is not shared, `fn` is called with that key alone.
+
+        Args:
+            keys: Any hashable objects; duplicates do no harm.
+            fn: Called with the list of the keys that this caller leads, in their order; returns an awaitable of a
+                mapping, or of a sequence in the order of that list. Values may be `Retain(value, ttl_seconds)`.
+            timeout: How long this caller waits for others' calls in all, in seconds; 0 does not wait.
+            ttl_seconds: The TTL in seconds of the outcomes that this caller leads, instead of the coalescer's.
+
+        Returns:
+            The value of each key, in the order of `keys`.
+
+        Raises:
+            MissingKeysError: If a call gave no value for some of these keys. Its `values` has those of the others. It
+                is not retained.
+            Exception: What a call raised; the first one in the order of `keys` that is no `MissingKeysError`.
+            TimeoutError: If `timeout` passed. Only for this caller.
+            asyncio.CancelledError: If this caller, one of the keys or the call's own task was cancelled.
+            RecursiveCallError: If the call that computes one of the keys asks for it.
+            DeadlockError: If a call waits, in the end, for this caller.
+            CallResultError: If `fn` returns something else. It is a TypeError.
+            TypeError: If a key is unhashable, `fn` is not callable or a number is none.
+            ValueError: If a number of seconds is negative or NaN.
+        """
+        wanted = list(dict.fromkeys(keys))
+        values: dict[Hashable, Any] = {}
+        errors: dict[Hashable, BaseException] = {}
+        tickets: dict[K, Ticket] = {}
+        try:
+            admitted = self._admit(wanted, fn, timeout, ttl_seconds)
+            for key, (ticket, value, error) in zip(wanted, admitted, strict=True):
+                if ticket is not None:
+                    tickets[key] = ticket
+                elif error is not None:
+                    errors[key] = error
+                else:
+                    values[key] = value
+            del admitted
+            led = {key: ticket.token(self) for key, ticket in tickets.items() if ticket.leads}
+            if led:
+                await lead_many(self, led, fn, values, errors)
+            until = None if timeout is None else asyncio.get_running_loop().time() + timeout
+            for key, ticket in tickets.items():
+                if key in led:
+                    continue
+                one = single_async(fn, key)
+                try:
+                    ticket.begin_waiting(self)
+                    values[key] = await self._follow(ticket, key, one, timeout, ttl_seconds, until=until)
+                except Exception as error:  # noqa: BLE001 - raised when all are in
+                    errors[key] = error
+        finally:
+            for ticket in tickets.values():
+                ticket.leave()
+        return gather(wanted, values, errors)  # type: ignore[return-value,arg-type]
+
+    async def warm(
+        self,
+        items: Mapping[K, Callable[[], Awaitable[Any]]],
+        *,
+        concurrency: int = 4,
+        progress: Callable[[int, int], object] | None = None,
+        ttl_seconds: float | None = None,
+    ) -> dict[K, Exception]:
+        """Fill keys ahead of their callers, through ordinary flights: callers that come meanwhile join them.
+
+        Args:
+            items: For each key the callable that a leader would run; as `fn` in `get_or_call`.
+            concurrency: How many calls run at once.
+            progress: Called after each key with how many are done, and how many there are.
+            ttl_seconds: The TTL in seconds of what is filled, instead of the coalescer's.
+
+        Returns:
+            The errors of the keys that failed; the other keys were filled all the same.
+
+        Raises:
+            TypeError: If an argument has the wrong type, or a callable is none.
+            ValueError: If `concurrency` is below 1, or a number of seconds is negative or NaN.
+
+        Example:
+            >>> async def define(term: str) -> str:
+            ...     return f"what {term} means"
+            >>> coalescer = AsyncBatchCoalescer()
+            >>> asyncio.run(coalescer.warm({term: partial(define, term) for term in ("alpha", "beta")}))
+            {}
+            >>> coalescer.peek("beta")
+            'what beta means'
+        """
+        check(items, concurrency, progress)
+        self._check_ttl(ttl_seconds)
+        return await in_tasks(self, items, concurrency, progress or _no_progress, ttl_seconds)
+
+    def stream(
+        self,
+        key: Hashable,
+        fn: Callable[[], AsyncIterator[T] | Awaitable[AsyncIterator[T]]],
+        *,
+        ttl_seconds: float | None = None,
+        max_buffered: int | None = MAX_BUFFERED,
+    ) -> AsyncGenerator[T, None]:
+        """Iterate over the items of one upstream that all readers of the key share.
+
+        Every reader gets every item in order from the first, also one that joins late or while the stream is retained;
+        it joins when it asks for its first item. A task of its own pumps upstream, and no reader holds it up. When the
+        last reader has left (by `aclose()`, by cancellation, or by dropping the iterator), upstream is closed, unless
+        `on_abandoned` is `"finish"`. Streams have keys of their own beside those of `get_or_call`.
+
+        Args:
+            key: Any hashable object.
+            fn: Called without arguments by the one reader that leads; returns an async iterator or generator, or an
+                awaitable of one, as the SDKs of providers do. It runs in a copy of the leader's context.
+            ttl_seconds: How long the whole stream is retained after its end, in seconds, instead of the coalescer's
+                TTL.
+            max_buffered: How many items the log holds at most; None sets no limit. Beyond it nobody joins any more
+                (later readers lead a stream of their own), what all readers have passed is dropped, and a reader that
+                is farther behind gets `StreamLagError`. The leader's number counts.
+
+        Yields:
+            The items, the same objects for every reader.
+
+        Raises:
+            Exception: What upstream raised, after the items that came before: the original for the reader that leads,
+                a copy for everybody else.
+            StreamLagError: If this reader is too far behind. Only for this reader.
+            SharedCallError: If the stream ended, after its first item, in a way that is not shared: with a private
+                error, or with its event loop. Readers without an item start over.
+            RecursiveCallError: If the call that yields this stream reads it.
+            DeadlockError: If that call waits, in the end, for this reader.
+            CallResultError: If `fn()` returns no async iterator. It is a TypeError.
+            TypeError: If the key is unhashable, `fn` is not callable or a number is none.
+            ValueError: If a number of seconds is negative or NaN, or `max_buffered` below 1.
+        """
+        self._check_stream(key, fn, ttl_seconds, max_buffered)
+        return self._read(key, fn, ttl_seconds, max_buffered)
+
+    async def _read(
+        self,
+        key: Hashable,
+        fn: Callable[[], AsyncIterator[Any] | Awaitable[AsyncIterator[Any]]],
+        ttl_seconds: float | None,
+        max_buffered: int | None,
+    ) -> AsyncGenerator[Any, None]:
+        loop = asyncio.get_running_loop()
+        do: Any = "again"
+        while do == "again":
+            reader = self._open(key, ttl_seconds, max_buffered, True)  # noqa: FBT003 - compiled, by position
+            try:
+                if reader.leads:
+                    source = reader.source()
+                    task = start(pump(source, fn, max_buffered), loop)
+                    if not task.done():
+                        source.led_by(task, asyncio.current_task(loop) or task)
+                        self._hold(task)
+                    # Its end, and with it that of a pump which never began, must not depend on this reader.
+                    del source, task
+                while True:
+                    do = reader.take()
+                    if type(do) is list:
+                        for item in do:
+                            yield item
+                    elif do == "wait":
+                        future = loop.create_future()
+                        if reader.wait_with(loop, future):
+                            await future
+                    elif do == "pull":
+                        # Threads lead it, and none of them goes on.
+                        await asyncio.to_thread(reader.pull, fn)
+                    else:
+                        break
+            finally:
+                reader.leave()
+
     def as_sync(self) -> "BatchCoalescer":
         """Return a coalescer of threads on the same keys: a thread and a task that ask for one share one call.
 
@@ -308,14 +509,19 @@ class AsyncBatchCoalescer(Face):
 
         Returns:
             A new face of this coalescer, with the same options. It keeps this one alive.
+
+        Raises:
+            TypeError: If the store is async.
         """
         from llm_batch_coalesce._sync import BatchCoalescer  # noqa: PLC0415 - the two refer to each other
 
+        if self._store is not None and self._store.is_async:
+            raise TypeError(f"threads cannot await the store of {shown(self)}")
         face = BatchCoalescer.__new__(BatchCoalescer)
         face._face_of(self, "cancel")  # noqa: SLF001 - the two are one
         return face
 
-    def _hold(self, task: _CallTask) -> None:
+    def _hold(self, task: CallTask) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         if len(self._tasks) >= self._prune_at:
@@ -324,26 +530,11 @@ class AsyncBatchCoalescer(Face):
             self._prune_at = 2 * max(32, len(self._tasks))
 
 
-if sys.version_info >= (3, 12):
-
-    def _start(call: Coroutine[Any, Any, BaseException | None], loop: asyncio.AbstractEventLoop) -> _CallTask:
-        return asyncio.Task(call, loop=loop, eager_start=True)
-
-else:
-
-    def _start(call: Coroutine[Any, Any, BaseException | None], loop: asyncio.AbstractEventLoop) -> _CallTask:
-        return loop.create_task(call)
-
-
 async def _call(token: Token, fn: Callable[[], Awaitable[Any]]) -> BaseException | None:
     """Run a call and end its flight. Returns the error that the leader's own caller raises."""
     try:
         token.enter()
-        awaitable = fn()
-        if type(awaitable) is not CoroutineType and not isawaitable(awaitable):
-            msg = f"fn must return an awaitable, not {shown(awaitable)}; use BatchCoalescer for plain functions"
-            raise CallResultError(msg)  # noqa: TRY301 - it is shared like any error of the call
-        value = await awaitable
+        value = await checked(fn())
     except asyncio.CancelledError:
         token.lose_loop()
         raise
@@ -355,32 +546,5 @@ async def _call(token: Token, fn: Callable[[], Awaitable[Any]]) -> BaseException
     return None
 
 
-def _error_of(task: _CallTask) -> BaseException | None:
-    return task.result() if task.done() and not task.cancelled() else None
-
-
-def cancel_call(reference: ReferenceType[_CallTask]) -> None:
-    """Cancel a call's task on its own loop; called in any thread when the last caller has left."""
-    task = reference()
-    if task is None:
-        return
-    loop = task.get_loop()
-    if loop is _running_loop():
-        task.cancel()
-        return
-    # A closed loop has nothing left to cancel.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(task.cancel)
-
-
-def call_is_lost(reference: ReferenceType[_CallTask]) -> bool:
-    """Tell whether a call can never finish, because its loop is closed or its task is gone."""
-    task = reference()
-    return task is None or task.get_loop().is_closed()
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+def _no_progress(done: int, of: int) -> None:
+    """Tell nobody."""

@@ -177,7 +177,7 @@ class _Copies:
             copy = self._empty(error, recipe)
             self._unfilled.append((error, copy, recipe))
         except Exception:  # noqa: BLE001 - whatever an extension class raises, it cannot be copied
-            copy = _stand_in(error)
+            copy = stand_in(error)
             self._unfilled.append((error, copy, None))
         self._made[id(error)] = error, copy
         return copy
@@ -308,10 +308,10 @@ def copy_error(template: Exception) -> Exception:
     try:
         return cast("Exception", _Copies().finished(template))
     except Exception:  # noqa: BLE001 - a caller must get an error of the flight, never one of the copying
-        return _stand_in(template)
+        return stand_in(template)
 
 
-def _stand_in(error: BaseException) -> SharedCallError:
+def stand_in(error: BaseException) -> SharedCallError:
     """Return what replaces an error that cannot be copied."""
     if type(error) is SharedCallError:
         return SharedCallError(error.error_type, error.error_message)

@@ -14,7 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from llm_batch_coalesce._core import ThreadCoalescer
-from llm_batch_coalesce._sharing import shown
+from llm_batch_coalesce._shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Hashable, Iterator, Mapping

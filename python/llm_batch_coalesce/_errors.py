@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from llm_batch_coalesce._shown import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
 
 class CoalesceError(Exception):
     """Base of the errors that the package itself raises, so that one `except` catches them all."""
@@ -67,7 +74,85 @@ class SharedCallError(CoalesceError):
         return f"{raised}: {self.error_message}" if self.error_message else raised
 
 
+class MissingKeysError(CoalesceError, LookupError):
+    """A call for many keys gave no value for some of them.
+
+    Only callers that asked for such a key get it, and it is not retained: the next caller of the key leads anew.
+
+    Args:
+        missing: The keys without a value.
+        surplus: Keys that the call gave a value for though nobody asked for them, as a hint.
+        values: What the caller's other keys gave.
+        reason: What was wrong with the call's result as a whole.
+
+    Attributes:
+        missing: The caller's keys without a value.
+        surplus: Keys that the call gave a value for though nobody asked for them.
+        values: What the caller's other keys gave.
+        reason: What was wrong with the call's result as a whole, or None.
+    """
+
+    __module__ = "llm_batch_coalesce"
+
+    missing: list[Hashable]
+    surplus: list[Hashable]
+    values: dict[Hashable, Any]
+    reason: str | None
+
+    def __init__(
+        self,
+        missing: Sequence[Hashable],
+        surplus: Sequence[Hashable] = (),
+        values: Mapping[Hashable, Any] | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.missing, self.surplus, self.values, self.reason = list(missing), list(surplus), dict(values or {}), reason
+        super().__init__(self.missing, self.surplus, self.values, reason)
+
+    def __str__(self) -> str:
+        """Return one line that names the first keys."""
+        text = f"the call gave no value for {_listed(self.missing)}"
+        if self.reason is not None:
+            text += f": {self.reason}"
+        return f"{text}; it gave some for {_listed(self.surplus)}, which nobody asked for" if self.surplus else text
+
+
+def _listed(keys: list[Hashable]) -> str:
+    most = 3
+    text = ", ".join(map(shown, keys[:most]))
+    return text if len(keys) <= most else f"{text} and {len(keys) - most} more"
+
+
+class StreamLagError(CoalesceError):
+    """This reader of a shared stream was so far behind that items which it had not read have left the log.
+
+    Only that reader gets it; see `max_buffered`.
+
+    Args:
+        message: What happened.
+        missed: How many items it can no longer read.
+
+    Attributes:
+        missed: How many items it can no longer read.
+    """
+
+    __module__ = "llm_batch_coalesce"
+
+    missed: int
+
+    def __init__(self, message: str, missed: int) -> None:
+        super().__init__(message, missed)
+        self.missed = missed
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return str(self.args[0])
+
+
 class CallResultError(CoalesceError, TypeError):
-    """`fn` returned something that its coalescer cannot share: a coroutine to threads, a plain value to tasks."""
+    """`fn` returned something that its coalescer cannot share: a coroutine to threads, a plain value to tasks.
+
+    In `stream()`, what is no iterator; in `get_or_call_many()`, what is neither a mapping nor a sequence.
+    """
 
     __module__ = "llm_batch_coalesce"

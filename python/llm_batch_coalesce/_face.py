@@ -30,10 +30,10 @@ class Face(Coalescer):
         """Return the flights under way, forgotten ones too, oldest first."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         flights = []
-        for key, age, waiters, thread, caller, call in self._flights():
+        for key, age, waiters, thread, caller, call, is_stream in self._flights():
             task = (caller and caller()) or (call and call())
             leader = task.get_name() if task else None if thread is None else names.get(thread, f"thread {thread}")
-            flights.append(FlightInfo(key, age, waiters, leader))
+            flights.append(FlightInfo(key, age, waiters, leader, is_stream))
         return sorted(flights, key=lambda flight: -flight.age_seconds)
 
     def coalesced(self, key: Callable[..., Hashable] | None = None) -> Decorator:

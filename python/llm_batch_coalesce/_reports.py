@@ -48,6 +48,8 @@ class Stats:
         evicted: Outcomes dropped because of `max_retained`.
         in_flight: Flights under way now, forgotten ones too.
         retained: Outcomes retained now.
+        store_hits: Requests that were to lead, but were served by the `store`; they are among the hits.
+        store_errors: How often the `store` failed.
     """
 
     calls: int
@@ -60,6 +62,8 @@ class Stats:
     evicted: int
     in_flight: int
     retained: int
+    store_hits: int = 0
+    store_errors: int = 0
 
     @property
     def saved(self) -> int:
@@ -82,12 +86,14 @@ class FlightInfo:
         age_seconds: How long its call, or the present attempt at it, has been under way, in seconds.
         waiters: How many callers wait for it, without the leader.
         leader: Name of the thread or task that leads; None while the lead is being handed over.
+        is_stream: Whether it is a shared stream; its waiters are the readers besides the one that led.
     """
 
     key: Hashable
     age_seconds: float
     waiters: int
     leader: str | None
+    is_stream: bool = False
 
 
 def report_over_age(key: Hashable, name: str | None, age_seconds: float) -> None:

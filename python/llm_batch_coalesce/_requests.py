@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llm_batch_coalesce._sharing import shown
+from llm_batch_coalesce._shown import shown
 
 
 def request_key(request: Mapping[str, Any] | Any, *, scope: str, drop: Iterable[str] = ()) -> str:  # noqa: ANN401

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from llm_batch_coalesce._async import AsyncBatchCoalescer
 from llm_batch_coalesce._requests import plain, render
-from llm_batch_coalesce._sharing import shown
+from llm_batch_coalesce._shown import shown
 from llm_batch_coalesce._sync import BatchCoalescer
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import Any
 
 from llm_batch_coalesce import _core
 from llm_batch_coalesce._copying import make_template
-from llm_batch_coalesce._errors import CallResultError, DeadlockError, RecursiveCallError
+from llm_batch_coalesce._errors import CallResultError, DeadlockError, MissingKeysError, RecursiveCallError
 from llm_batch_coalesce._reports import in_coalescer, logger
+from llm_batch_coalesce._shown import shown
 
 # Each concerns one caller only. In a thread either CancelledError may come out of a call.
 _PRIVATE = (RecursiveCallError, DeadlockError, concurrent.futures.CancelledError, asyncio.CancelledError)
@@ -29,7 +30,7 @@ def settle(
     if not isinstance(error, Exception) or isinstance(error, (*_PRIVATE, *private_errors)):
         return None
     template = make_template(error)
-    if isinstance(error, CallResultError):
+    if isinstance(error, CallResultError | MissingKeysError):
         return template, 0.0
     if error_ttl_seconds is None:
         return template, None
@@ -65,13 +66,3 @@ def cancelled_error(key: Hashable, name: str | None, in_task: bool) -> BaseExcep
     """Make the error of a waiter whose call was cancelled."""
     kind = asyncio.CancelledError if in_task else concurrent.futures.CancelledError
     return kind(f"the call of {shown(key)}{in_coalescer(name)} was cancelled")
-
-
-def shown(value: object) -> str:
-    """Show enough of a value to recognise it: keys may hold whole prompts, and a `__repr__` may be broken."""
-    limit = 80
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001 - it must not hide the error that this is for
-        text = f"an object of type {type(value).__qualname__}"
-    return text if len(text) <= limit else f"{text[:limit]}..."

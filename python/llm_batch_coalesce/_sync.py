@@ -1,13 +1,16 @@
 """The coalescer of threads. Its `get_or_call` is compiled: a hit enters no Python frame."""
 
-from collections.abc import Callable, Coroutine
-from typing import Any, Literal
+from collections.abc import Callable, Coroutine, Hashable, Mapping
+from typing import Any, Literal, TypeVar
 
 from llm_batch_coalesce._async import AsyncBatchCoalescer
 from llm_batch_coalesce._core import ThreadCoalescer
 from llm_batch_coalesce._errors import CallResultError
 from llm_batch_coalesce._face import Face
-from llm_batch_coalesce._sharing import shown
+from llm_batch_coalesce._shown import shown
+from llm_batch_coalesce._warm import check, in_threads
+
+K = TypeVar("K", bound=Hashable)
 
 
 class BatchCoalescer(ThreadCoalescer, Face):
@@ -30,6 +33,11 @@ class BatchCoalescer(ThreadCoalescer, Face):
         max_retained: How many outcomes are retained at most, give or take one for each shard of the map; the oldest
             leave first. None sets no limit.
         name: What errors, the log and `repr` call this coalescer.
+        store: A cache behind this one that the leader asks before it calls and tells when its call has succeeded: a
+            mapping (a dict, or a cache of cachetools, cachebox or diskcache), or an object with `get(key)` and
+            `set(key, value, ttl_seconds)`. Threads use it at the same time: put a lock around one that is not made for
+            that. What is not retained is not written; a store that raises is logged, counted, and taken for a miss.
+            `forget()` and `clear()` do not reach it.
 
     Raises:
         TypeError: If an argument has the wrong type (a bool is no number).
@@ -42,6 +50,40 @@ class BatchCoalescer(ThreadCoalescer, Face):
     """
 
     __slots__ = ()
+
+    def warm(
+        self,
+        items: Mapping[K, Callable[[], Any]],
+        *,
+        concurrency: int = 4,
+        progress: Callable[[int, int], object] | None = None,
+        ttl_seconds: float | None = None,
+    ) -> dict[K, Exception]:
+        """Fill keys ahead of their callers, through ordinary flights: callers that come meanwhile join them.
+
+        Args:
+            items: For each key the callable that a leader would run; as `fn` in `get_or_call`.
+            concurrency: How many calls run at once, each in a thread of a pool.
+            progress: Called in this thread after each key with how many are done, and how many there are.
+            ttl_seconds: The TTL in seconds of what is filled, instead of the coalescer's.
+
+        Returns:
+            The errors of the keys that failed; the other keys were filled all the same.
+
+        Raises:
+            TypeError: If an argument has the wrong type, or a callable is none.
+            ValueError: If `concurrency` is below 1, or a number of seconds is negative or NaN.
+
+        Example:
+            >>> coalescer = BatchCoalescer()
+            >>> coalescer.warm({"alpha": lambda: "one", "beta": lambda: "two"})
+            {}
+            >>> coalescer.peek("beta")
+            'two'
+        """
+        check(items, concurrency, progress)
+        self._check_ttl(ttl_seconds)
+        return in_threads(self, items, concurrency, progress or _no_progress, ttl_seconds)
 
     def as_async(self, *, on_abandoned: Literal["cancel", "finish"] = "cancel") -> AsyncBatchCoalescer:
         """Return a coalescer of tasks on the same keys: a thread and a task that ask for one share one call.
@@ -57,6 +99,10 @@ class BatchCoalescer(ThreadCoalescer, Face):
             ValueError: If `on_abandoned` is another word.
         """
         return AsyncBatchCoalescer._on(self, on_abandoned)  # noqa: SLF001 - the two are one
+
+
+def _no_progress(done: int, of: int) -> None:
+    """Tell nobody."""
 
 
 def refuse(fn: Callable[[], Any], coroutine: Coroutine[Any, Any, Any]) -> CallResultError:

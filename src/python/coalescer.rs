@@ -3,24 +3,30 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyException, PyRuntimeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString, PyTuple};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
 use super::answer::{Answer, Request, find, find_value};
-use super::family::{Outcome, Python3, Shared, check_interrupt, running_loop};
+use super::family::{Outcome, Python3, Shared, TaskCall, check_interrupt, running_loop};
 use super::hooks::Hooks;
 use super::inside::Inside;
+use super::many::{self, Admitted};
 use super::options::{self, ErrorTtl, Patience, Ttl};
+use super::reader::StreamReader;
 use super::retain::Retain;
+use super::streams::{Asked, Streams};
 use super::task::Ticket;
 use super::{ffi, key};
-use crate::circle::Nested;
+use crate::circle::{Nested, Target};
 use crate::clock::FOREVER;
-use crate::flight::Flight;
+use crate::family::Family;
+use crate::flight::{Flight, View};
 use crate::lead::Lead;
 use crate::map::{Found, Map, Settings};
+use crate::stats::Stats;
 use crate::sync::Arc;
 use crate::waiter::{LoopId, Origin};
 
@@ -34,6 +40,8 @@ pub(super) struct Coalescer {
 
 struct Made {
     map: Arc<Map<Python3>>,
+    /// The map of streams, made with the first of them.
+    streams: Arc<OnceLock<Arc<Map<Streams>>>>,
     options: Options,
     /// The coalescer whose map this is, if it is another one's.
     origin: Option<Py<Coalescer>>,
@@ -51,6 +59,8 @@ pub(super) struct Options {
     /// Whether a call that this coalescer leads on an event loop goes on when all its callers have left.
     pub(super) finishes: bool,
     pub(super) name: Option<Arc<str>>,
+    /// Adapted by the Python layer.
+    pub(super) store: Option<Py<PyAny>>,
 }
 
 impl Default for Options {
@@ -63,6 +73,7 @@ impl Default for Options {
             max_retained: None,
             finishes: false,
             name: None,
+            store: None,
         }
     }
 }
@@ -80,7 +91,8 @@ impl Options {
 impl Made {
     fn new(options: Options) -> Self {
         let map = Map::new(options.settings());
-        Self { map, options, origin: None, may_refer: Arc::new(AtomicBool::new(false)) }
+        let (streams, may_refer) = (Arc::default(), Arc::new(AtomicBool::new(false)));
+        Self { map, streams, options, origin: None, may_refer }
     }
 }
 
@@ -89,13 +101,13 @@ impl Coalescer {
     #[new]
     #[pyo3(signature = (*_arguments, **_options))]
     #[pyo3(text_signature = "(ttl_seconds=5.0, *, error_ttl_seconds=None, private_errors=(), \
-        max_flight_seconds=None, max_retained=None, on_abandoned='cancel', name=None)")]
+        max_flight_seconds=None, max_retained=None, on_abandoned='cancel', name=None, store=None)")]
     pub(super) fn new(_arguments: &Bound<'_, PyTuple>, _options: Option<&Bound<'_, PyDict>>) -> Self {
         Self::default()
     }
 
     #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, *, error_ttl_seconds = ErrorTtl::Same, private_errors = None,
-        max_flight_seconds = None, max_retained = None, on_abandoned = false, name = None))]
+        max_flight_seconds = None, max_retained = None, on_abandoned = false, name = None, store = None))]
     #[expect(clippy::too_many_arguments, reason = "they are options, given by name")]
     fn __init__(
         &self,
@@ -106,6 +118,7 @@ impl Coalescer {
         #[pyo3(from_py_with = options::max_retained)] max_retained: Option<u64>,
         #[pyo3(from_py_with = options::on_abandoned)] on_abandoned: bool,
         #[pyo3(from_py_with = options::name)] name: Option<Arc<str>>,
+        store: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         self.make(Options {
             ttl: ttl_seconds,
@@ -115,6 +128,7 @@ impl Coalescer {
             max_retained,
             finishes: on_abandoned,
             name,
+            store: options::store(store, true)?,
         })
     }
 
@@ -129,6 +143,7 @@ impl Coalescer {
             error_ttl: there.options.error_ttl.clone_ref(py),
             private_errors: there.options.private_errors.as_ref().map(|classes| classes.clone_ref(py)),
             name: there.options.name.clone(),
+            store: there.options.store.as_ref().map(|store| store.clone_ref(py)),
             finishes: on_abandoned,
             ..there.options
         };
@@ -136,6 +151,7 @@ impl Coalescer {
             there.origin.as_ref().map_or_else(|| other.clone().unbind(), |origin| origin.clone_ref(py));
         self.set(Made {
             map: Arc::clone(&there.map),
+            streams: Arc::clone(&there.streams),
             options,
             origin: Some(origin),
             may_refer: Arc::clone(&there.may_refer),
@@ -143,13 +159,13 @@ impl Coalescer {
     }
 
     /// The name given to the constructor.
-    #[getter]
-    fn name(&self) -> Option<&str> {
-        self.made().options.name.as_deref()
+    #[getter(name)]
+    fn given_name(&self) -> Option<&str> {
+        self.name()
     }
 
     fn __len__(&self) -> usize {
-        self.map().keys()
+        self.map().keys() + self.streams_begun().map_or(0, |streams| streams.keys())
     }
 
     // Without it an empty coalescer would be false, and `coalescer or default` a trap.
@@ -159,7 +175,9 @@ impl Coalescer {
     }
 
     fn __contains__(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
-        self.map().contains(key::hash(key)?, key.as_unbound())
+        let (hash, key) = (key::hash(key)?, key.as_unbound());
+        Ok(self.map().contains(hash, key)?
+            || self.streams_begun().map_or(Ok(false), |streams| streams.contains(hash, key))?)
     }
 
     #[pyo3(signature = (key, default = None))]
@@ -197,7 +215,9 @@ impl Coalescer {
     }
 
     fn forget(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
-        self.map().forget(key::hash(key)?, key.as_unbound())
+        let (hash, key) = (key::hash(key)?, key.as_unbound());
+        let there = self.map().forget(hash, key)?;
+        Ok(self.streams_begun().map_or(Ok(false), |streams| streams.forget(hash, key))? || there)
     }
 
     fn cancel(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
@@ -210,18 +230,22 @@ impl Coalescer {
     /// the next caller of the key leads a call of its own.
     fn clear(&self) {
         self.map().clear();
+        if let Some(streams) = self.streams_begun() {
+            streams.clear();
+        }
     }
 
     fn reset_stats(&self) {
         self.map().reset_stats();
+        if let Some(streams) = self.streams_begun() {
+            streams.reset_stats();
+        }
     }
 
     /// The counters, in the order of `Stats`.
-    fn _stats(&self) -> (u64, u64, u64, u64, u64, u64, u64, u64, u64, u64) {
-        // What has expired is not retained, though it may wait for the sweeper.
-        self.map().expire();
-        let stats = self.map().stats();
-        (
+    fn _stats(&self) -> [u64; 12] {
+        let stats = self.counted();
+        [
             stats.calls,
             stats.joined,
             stats.hits,
@@ -232,30 +256,56 @@ impl Coalescer {
             stats.evicted,
             stats.in_flight,
             stats.retained,
-        )
+            stats.store_hits,
+            stats.store_errors,
+        ]
     }
 
-    /// Of each flight: key, age in seconds, number of waiters, and who leads: number of the thread, and weakly the
-    /// caller's task and the call's. None of these while the lead is being handed over.
+    /// The store as the Python layer has adapted it.
+    #[getter(_store)]
+    fn given_store<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        self.store(py).cloned()
+    }
+
+    /// Counts and logs a store that has failed.
+    #[pyo3(name = "_store_failed")]
+    fn store_failed(&self, key: &Bound<'_, PyAny>, verb: &str, error: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = key.py();
+        self.map().count_store_error(key::hash(key)?);
+        let (verb, name) = (PyString::new(py, verb).into_any(), self.name().into_pyobject(py)?);
+        ffi::call(Hooks::get(py)?.report_store_error.bind(py), [error, &verb, key, &name]).map(drop)
+    }
+
+    /// Of each flight: key, age in seconds, number of waiters, who leads: number of the thread, and weakly the
+    /// caller's task and the call's (none of these while the lead is being handed over), and whether it is a stream.
     fn _flights<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
-        let views = self.map().flights();
-        let flights = views.iter().map(|view| {
+        let show = |view: Viewed<'_>| {
             let call = view.call.as_ref();
             let (caller, task) = (call.map(|call| call.caller.bind(py)), call.map(|call| call.task.bind(py)));
-            let thread = (!view.offered).then_some(view.led_by.thread);
             let age = std::time::Duration::from_nanos(view.age).as_secs_f64();
-            (view.flight.key(), age, view.waiters, thread, caller, task).into_pyobject(py)
+            (view.key, age, view.waiters, view.thread, caller, task, view.is_stream).into_pyobject(py)
+        };
+        let calls = self.map().flights();
+        let calls = calls.iter().map(|view| Viewed {
+            call: view.call.as_ref().map(Python3::share_call),
+            waiters: view.waiters,
+            thread: (!view.offered).then_some(view.led_by.thread),
+            ..Viewed::of(view, false)
         });
-        flights.collect()
+        let streams = self.streams_begun().map(|streams| streams.flights()).unwrap_or_default();
+        let streams = streams.iter().map(|view| Viewed {
+            call: view.call.as_ref().and_then(|stream| stream.leader()),
+            waiters: view.call.as_ref().map_or(0, |stream| stream.log.readers().saturating_sub(1)),
+            ..Viewed::of(view, true)
+        });
+        calls.chain(streams).map(show).collect()
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
         let this = slf.get();
         let class = slf.get_type().name()?;
         let seconds = |ttl: Ttl| pyo3::types::PyFloat::new(slf.py(), ttl.seconds).to_string();
-        // What has expired is not retained, though it may wait for the sweeper.
-        this.map().expire();
-        let stats = this.map().stats();
+        let stats = this.counted();
         let name = match this.made().options.name.as_deref() {
             Some(name) => format!(" {}", PyString::new(slf.py(), name).repr()?),
             None => String::new(),
@@ -307,14 +357,90 @@ impl Coalescer {
         Self::begin(slf, map, find(map, hash, key)?, hash, key, r#fn, request)
     }
 
+    /// Serves a task that wants many keys: of each the value, the error that it shares, or a ticket. One that joins has to
+    /// `begin_waiting` when its task has done what it leads.
+    #[pyo3(signature = (keys, r#fn, timeout, ttl_seconds, /))]
+    fn _admit<'py>(
+        slf: &Bound<'py, Self>,
+        keys: &Bound<'py, PyList>,
+        r#fn: &Bound<'py, PyAny>,
+        timeout: Option<&Bound<'py, PyAny>>,
+        ttl_seconds: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Vec<Admission<'py>>> {
+        let (py, this) = (slf.py(), slf.get());
+        let request = Request::new(timeout, ttl_seconds, false)?;
+        options::callable("fn", r#fn)?;
+        let event_loop = running_loop(py)?;
+        let loop_id = event_loop.as_ptr().addr();
+        let joined = |_: usize, map: &Arc<Map<Python3>>, flight: &Arc<Flight<Python3>>| {
+            Ticket::joining(this, map, flight, &event_loop, None, request, true)
+        };
+        let keys: Vec<_> = keys.iter().collect();
+        let admitted = many::admit(this, &keys, loop_id, Inside::of_task, request, joined)?;
+        let ticket = |ticket| Ok((Some(Bound::new(py, ticket)?), None, None));
+        admitted
+            .into_iter()
+            .map(|admitted| match admitted {
+                Admitted::Known(Ok(value)) => Ok((None, Some(value), None)),
+                Admitted::Known(Err(error)) => Ok((None, None, Some(error.into_value(py)))),
+                Admitted::Leads(lead) => ticket(Ticket::leading(lead, loop_id, this.finishes(), request)),
+                Admitted::Joined(joined) => ticket(joined),
+            })
+            .collect()
+    }
+
     /// How many callers wait for the flight of a key: lets tests know that all are in.
     fn _waiters(&self, key: &Bound<'_, PyAny>) -> PyResult<usize> {
         self.map().waiters(key::hash(key)?, key.as_unbound())
     }
 
+    /// How many readers a key's stream under way has, and how many of them wait; for tests, too.
+    fn _readers(&self, key: &Bound<'_, PyAny>) -> PyResult<(usize, usize)> {
+        let Some(streams) = self.streams_begun() else { return Ok((0, 0)) };
+        let found = streams.get(key::hash(key)?, key.as_unbound())?;
+        let stream = found.and_then(|flight| flight.call());
+        Ok(stream.map_or((0, 0), |stream| (stream.log.readers(), stream.log.waiting())))
+    }
+
+    /// Checks a TTL of one's own.
+    #[pyo3(signature = (ttl_seconds, /))]
+    #[expect(clippy::unused_self, reason = "Python calls it on an instance")]
+    fn _check_ttl(&self, ttl_seconds: &Bound<'_, PyAny>) -> PyResult<()> {
+        options::own_ttl_seconds(ttl_seconds).map(drop)
+    }
+
+    /// Checks the arguments of a stream that is to be opened later.
+    #[pyo3(signature = (key, r#fn, ttl_seconds, max_buffered, /))]
+    #[expect(clippy::unused_self, reason = "Python calls it on an instance")]
+    fn _check_stream(
+        &self,
+        key: &Bound<'_, PyAny>,
+        r#fn: &Bound<'_, PyAny>,
+        ttl_seconds: &Bound<'_, PyAny>,
+        max_buffered: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        key::hash(key)?;
+        options::callable("fn", r#fn)?;
+        options::own_ttl_seconds(ttl_seconds)?;
+        options::max_buffered(max_buffered).map(drop)
+    }
+
+    /// Joins the stream of a key, or begins one.
+    #[pyo3(signature = (key, ttl_seconds, max_buffered, pumped, /))]
+    fn _open(
+        slf: &Bound<'_, Self>,
+        key: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
+        #[pyo3(from_py_with = options::max_buffered)] max_buffered: usize,
+        pumped: bool,
+    ) -> PyResult<StreamReader> {
+        StreamReader::open(slf, key, Asked { ttl: ttl_seconds, max_buffered, pumped })
+    }
+
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         let Some(made) = self.made.get() else { return Ok(()) };
         visit.call(&made.options.private_errors)?;
+        visit.call(&made.options.store)?;
         if let ErrorTtl::Decided(decide) = &made.options.error_ttl {
             visit.call(decide)?;
         }
@@ -335,6 +461,13 @@ impl Coalescer {
                     result = visit_flight(flight, &visit);
                 }
             });
+            if let Some(streams) = made.streams.get() {
+                streams.newest().for_each(|flight| {
+                    if result.is_ok() {
+                        result = visit_stream(flight, &visit);
+                    }
+                });
+            }
         }
         result
     }
@@ -342,8 +475,57 @@ impl Coalescer {
     fn __clear__(&self) {
         if let Some(made) = self.made.get().filter(|made| made.origin.is_none()) {
             made.map.newest().clear();
+            if let Some(streams) = made.streams.get() {
+                streams.newest().clear();
+            }
         }
     }
+}
+
+/// Of a key: the ticket of a task, the value, or the error.
+type Admission<'py> =
+    (Option<Bound<'py, Ticket>>, Option<Bound<'py, PyAny>>, Option<Py<pyo3::exceptions::PyBaseException>>);
+
+/// A flight under way, whatever its family.
+struct Viewed<'a> {
+    key: &'a Py<PyAny>,
+    age: u64,
+    waiters: usize,
+    thread: Option<u64>,
+    call: Option<TaskCall>,
+    is_stream: bool,
+}
+
+impl<'a> Viewed<'a> {
+    fn of<F: Family<Key = Py<PyAny>>>(view: &'a View<F>, is_stream: bool) -> Self {
+        let thread = Some(view.led_by.thread);
+        Self { key: view.flight.key(), age: view.age, waiters: 0, thread, call: None, is_stream }
+    }
+}
+
+/// The key and the items of a stream, its upstream, and the tasks that wait for it. Whoever else holds a stream, a reader
+/// or its source, holds the coalescer, too: so what is reached through them is reached here.
+fn visit_stream(flight: &Flight<Streams>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+    visit.call(flight.key())?;
+    let Some(stream) = flight.retained_at_all().cloned().or_else(|| flight.call()) else { return Ok(()) };
+    let mut result = Ok(());
+    let mut look = |object: &Py<PyAny>| {
+        if result.is_ok() {
+            result = visit.call(object);
+        }
+    };
+    for slot in [&stream.upstream, &stream.iterated] {
+        slot.try_lock().iter().filter_map(|held| held.as_ref()).for_each(&mut look);
+    }
+    stream.log.for_each(|outcome| {
+        let (Outcome::Value(object) | Outcome::Error(object)) = outcome;
+        look(object);
+    });
+    stream.log.for_each_task(|task| {
+        look(&task.event_loop);
+        look(&task.future);
+    });
+    result
 }
 
 /// Keys and retained outcomes.
@@ -374,6 +556,92 @@ impl Coalescer {
     #[inline]
     pub(super) fn map(&self) -> &Arc<Map<Python3>> {
         self.made().map.current()
+    }
+
+    /// The map of streams.
+    pub(super) fn streams(&self) -> &Arc<Map<Streams>> {
+        let made = self.made();
+        made.streams.get_or_init(|| Map::new(made.options.settings())).current()
+    }
+
+    /// The same, if there has been a stream.
+    fn streams_begun(&self) -> Option<&Arc<Map<Streams>>> {
+        self.made().streams.get().map(Map::current)
+    }
+
+    /// The counters of calls and streams.
+    fn counted(&self) -> Stats {
+        // What has expired is not retained, though it may wait for the sweeper.
+        self.map().expire();
+        let calls = self.map().stats();
+        self.streams_begun().map_or(calls, |streams| {
+            streams.expire();
+            calls.plus(&streams.stats())
+        })
+    }
+
+    pub(super) fn store<'a, 'py>(&'a self, py: Python<'py>) -> Option<&'a Bound<'py, PyAny>> {
+        self.made().options.store.as_ref().map(|store| store.bind(py))
+    }
+
+    /// Asks the store for a key. One that fails has nothing.
+    pub(super) fn ask_store<'py>(
+        &self,
+        store: &Bound<'py, PyAny>,
+        key: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        match ffi::call_method(intern!(key.py(), "get"), [store, key]) {
+            Ok(value) => Ok(Some(value).filter(|value| !value.is(store))),
+            Err(error) => self.store_error(key, "get", error).map(|()| None),
+        }
+    }
+
+    /// Gives a value that is about to be retained to the store.
+    pub(super) fn tell_store(
+        &self,
+        store: &Bound<'_, PyAny>,
+        lead: &Lead<Python3>,
+        value: &Bound<'_, PyAny>,
+        ttl: Option<Ttl>,
+    ) -> PyResult<()> {
+        let py = value.py();
+        let seconds = self.retained_for(lead, value, ttl);
+        if seconds == 0.0 {
+            return Ok(());
+        }
+        let (value, _) = Retain::open(value.clone(), self.ttl());
+        let (key, seconds) = (lead.flight().key().bind(py), seconds.into_pyobject(py)?);
+        match ffi::call_method(intern!(py, "set"), [store, key, &value, &seconds]) {
+            Ok(_) => Ok(()),
+            Err(error) => self.store_error(key, "set", error),
+        }
+    }
+
+    /// What is no `Exception` goes on.
+    fn store_error(&self, key: &Bound<'_, PyAny>, verb: &str, error: PyErr) -> PyResult<()> {
+        if !error.is_instance_of::<PyException>(key.py()) {
+            return Err(error);
+        }
+        self.store_failed(key, verb, error.into_value(key.py()).bind(key.py()))
+    }
+
+    /// How long a call's result will be retained, in seconds; 0 for not at all.
+    pub(super) fn retained_for(
+        &self,
+        lead: &Lead<Python3>,
+        value: &Bound<'_, PyAny>,
+        ttl: Option<Ttl>,
+    ) -> f64 {
+        let (_, ttl) = Retain::open(value.clone(), ttl.unwrap_or(self.ttl()));
+        if lead.is_owned() { ttl.seconds } else { 0.0 }
+    }
+
+    pub(super) fn ttl(&self) -> Ttl {
+        self.made().options.ttl
+    }
+
+    pub(super) fn name(&self) -> Option<&str> {
+        self.made().options.name.as_deref()
     }
 
     pub(super) fn finishes(&self) -> bool {
@@ -412,8 +680,10 @@ impl Coalescer {
                         map.count_timeout(hash);
                         return Err(timeout_error(map, key, 0_u8.into_pyobject(py)?.as_any())?);
                     }
-                    let nested = this.begin_nested(&inside, &[], &flight, key, request)?;
-                    Ticket::joining(this, map, &flight, &event_loop, nested, request)?
+                    let endless = request.patience == Patience::Endless;
+                    let target = Arc::clone(&flight) as Arc<dyn Target>;
+                    let nested = this.begin_nested(&inside, &[], &target, key, endless)?;
+                    Ticket::joining(this, map, &flight, &event_loop, nested, request, false)?
                 }
             };
             if let Some(ticket) = ticket {
@@ -442,17 +712,17 @@ impl Coalescer {
         &self,
         inside: &Inside,
         blocked: &[LoopId],
-        flight: &Arc<Flight<Python3>>,
+        target: &Arc<dyn Target>,
         key: &Bound<'_, PyAny>,
-        request: Request,
+        endless: bool,
     ) -> PyResult<Option<Nested>> {
         let mut sources = inside.sources();
         sources.extend(blocked.iter().copied().map(crate::circle::Source::Loop));
         // A wait that ends by itself is no part of a circle.
-        if sources.is_empty() || request.patience != Patience::Endless {
+        if sources.is_empty() || !endless {
             return Ok(None);
         }
-        match Nested::begin(sources, flight) {
+        match Nested::begin_for(sources, target) {
             Ok(nested) => Ok(Some(nested)),
             Err(crate::circle::Circle) => Err(self.deadlock_error(key)?),
         }
@@ -475,7 +745,7 @@ impl Coalescer {
     /// Notes an object that is about to be held, for the garbage collector. Before it is held, so that no collection
     /// can come in between.
     #[inline]
-    fn note(&self, object: &Bound<'_, PyAny>) {
+    pub(super) fn note(&self, object: &Bound<'_, PyAny>) {
         // Relaxed: a collection sees all that its own thread or a stopped one has done.
         let may_refer = &self.made().may_refer;
         if ffi::may_refer(object) && !may_refer.load(Ordering::Relaxed) {
@@ -491,6 +761,24 @@ impl Coalescer {
         error: &Bound<'_, PyAny>,
         ttl: Option<Ttl>,
     ) -> PyResult<bool> {
+        // If this raises, the lead is dropped and so handed over.
+        let delivered = match self.shared_error(error, ttl)? {
+            None => lead.abandon(true),
+            Some((template, ttl)) => {
+                lead.complete(Outcome::Error(template), ttl.nanos, true);
+                true
+            }
+        };
+        check_interrupt()?;
+        Ok(delivered)
+    }
+
+    /// How an error is shared: the template of its copies, and its TTL. `None` if it is not shared at all.
+    pub(super) fn shared_error(
+        &self,
+        error: &Bound<'_, PyAny>,
+        ttl: Option<Ttl>,
+    ) -> PyResult<Option<(Py<PyAny>, Ttl)>> {
         let py = error.py();
         let (none, nothing) = (py.None().into_bound(py), PyTuple::empty(py));
         let private =
@@ -499,24 +787,19 @@ impl Coalescer {
             ErrorTtl::Decided(decide) => decide.bind(py),
             ErrorTtl::Same | ErrorTtl::Fixed(_) => &none,
         };
-        // If this raises, the lead is dropped and so handed over.
         let name = self.made().options.name.as_deref().into_pyobject(py)?;
         let settled = ffi::call(Hooks::get(py)?.settle.bind(py), [error, private, decide, &name])?;
-        let delivered = if settled.is_none() {
-            lead.abandon(true)
-        } else {
-            let (template, seconds): (Py<PyAny>, Option<Bound<'_, PyAny>>) = settled.extract()?;
-            let ttl = match (seconds, &self.made().options.error_ttl) {
-                (Some(seconds), _) => options::ttl("error_ttl_seconds", &seconds)?,
-                (None, ErrorTtl::Fixed(ttl)) => *ttl,
-                (None, ErrorTtl::Same | ErrorTtl::Decided(_)) => ttl.unwrap_or(self.made().options.ttl),
-            };
-            self.made().may_refer.store(true, Ordering::Relaxed);
-            lead.complete(Outcome::Error(template), ttl.nanos, true);
-            true
+        if settled.is_none() {
+            return Ok(None);
+        }
+        let (template, seconds): (Py<PyAny>, Option<Bound<'_, PyAny>>) = settled.extract()?;
+        let ttl = match (seconds, &self.made().options.error_ttl) {
+            (Some(seconds), _) => options::ttl("error_ttl_seconds", &seconds)?,
+            (None, ErrorTtl::Fixed(ttl)) => *ttl,
+            (None, ErrorTtl::Same | ErrorTtl::Decided(_)) => ttl.unwrap_or(self.made().options.ttl),
         };
-        check_interrupt()?;
-        Ok(delivered)
+        self.made().may_refer.store(true, Ordering::Relaxed);
+        Ok(Some((template, ttl)))
     }
 
     pub(super) fn recursive_error(&self, key: &Bound<'_, PyAny>) -> PyResult<PyErr> {

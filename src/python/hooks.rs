@@ -26,6 +26,26 @@ pub(super) struct Hooks {
     pub(super) cancelled_error: Py<PyAny>,
     /// `(value, role, waiters, seconds) -> Outcome`
     pub(super) outcome: Py<PyAny>,
+    /// `(fn) -> iterator`: begins an upstream that readers pull.
+    pub(super) iterate: Py<PyAny>,
+    /// `(error) -> template`: what others get of a stream that has ended with an error for its leader only.
+    pub(super) broken_stream_error: Py<PyAny>,
+    /// `(key, coalescer's name) -> exception`: the error of a reader whose stream's source has vanished.
+    pub(super) lost_stream_error: Py<PyAny>,
+    /// `(key, coalescer's name, items) -> exception`: the error of a reader that is too far behind.
+    pub(super) stream_lag_error: Py<PyAny>,
+    /// `(store, for tasks) -> store`: checks a store, and makes all kinds one: `get(key)` gives the store itself for what
+    /// it does not have, and `set(key, value, seconds)`.
+    pub(super) adapt_store: Py<PyAny>,
+    /// `(error, verb, key, coalescer's name) -> None`: logs a store that has failed.
+    pub(super) report_store_error: Py<PyAny>,
+    /// `(keys, result) -> list`: the values of a call for many keys, in their order; a `MissingKeysError` in the place of
+    /// each that it lacks.
+    pub(super) match_values: Py<PyAny>,
+    /// `(fn, key) -> callable`: a call for many keys as one for this key alone.
+    pub(super) single: Py<PyAny>,
+    /// `(keys, values, errors) -> dict`: what a caller of many keys gets, or raises what it is to raise.
+    pub(super) gather: Py<PyAny>,
     /// `(key, coalescer's name, seconds) -> None`: logs a flight that is over age.
     pub(super) report_over_age: Py<PyAny>,
     /// `(weak task) -> None`: cancels a call's task, from any thread.

@@ -6,22 +6,34 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
-use super::family::Python3;
 use super::ffi;
-use crate::circle::Source;
+use crate::circle::{Source, Target};
+use crate::family::Family;
 use crate::flight::Flight;
 use crate::lead::Lead;
 use crate::sync::{Arc, Weak};
 
 /// A call: its flight, and the number of its lead.
-type Call = (Weak<Flight<Python3>>, u32);
-
-fn call_of(lead: &Lead<Python3>) -> Call {
-    (Arc::downgrade(lead.flight()), lead.epoch())
+#[derive(Clone)]
+pub(super) struct Call {
+    flight: Weak<dyn Target>,
+    epoch: u32,
 }
 
-fn is_under_way((flight, epoch): &Call) -> bool {
-    flight.upgrade().and_then(|flight| flight.epoch()) == Some(*epoch)
+impl Call {
+    pub(super) fn of<F: Family>(lead: &Lead<F>) -> Self {
+        let flight: Arc<dyn Target> = Arc::clone(lead.flight()) as Arc<dyn Target>;
+        Self { flight: Arc::downgrade(&flight), epoch: lead.epoch() }
+    }
+
+    fn address(&self) -> usize {
+        self.flight.as_ptr().addr()
+    }
+
+    /// Its flight, if this is its present call.
+    pub(super) fn under_way(&self) -> Option<Arc<dyn Target>> {
+        self.flight.upgrade().filter(|flight| flight.epoch() == Some(self.epoch))
+    }
 }
 
 thread_local! {
@@ -31,20 +43,21 @@ thread_local! {
 
 /// Notes that this thread leads a call, as long as it lives.
 pub(super) struct Led {
-    flight: *const Flight<Python3>,
+    flight: usize,
     epoch: u32,
 }
 
 impl Led {
-    pub(super) fn begin(lead: &Lead<Python3>) -> Self {
-        LED.with_borrow_mut(|led| led.push(call_of(lead)));
-        Self { flight: Arc::as_ptr(lead.flight()), epoch: lead.epoch() }
+    pub(super) fn begin(call: Call) -> Self {
+        let led = Self { flight: call.address(), epoch: call.epoch };
+        LED.with_borrow_mut(|calls| calls.push(call));
+        led
     }
 }
 
 impl Drop for Led {
     fn drop(&mut self) {
-        let own = |(flight, epoch): &Call| flight.as_ptr() == self.flight && *epoch == self.epoch;
+        let own = |call: &Call| call.address() == self.flight && call.epoch == self.epoch;
         // The last one, but for greenlets, whose calls end in any order.
         LED.with_borrow_mut(|led| led.iter().rposition(own).map(|place| led.remove(place)));
     }
@@ -75,15 +88,15 @@ impl Inside {
     }
 
     /// Whether the caller is part of the call that computes this flight.
-    pub(super) fn includes(&self, flight: &Arc<Flight<Python3>>) -> bool {
-        let wanted = Arc::as_ptr(flight);
-        self.0.iter().any(|(own, epoch)| own.as_ptr() == wanted && flight.epoch() == Some(*epoch))
+    pub(super) fn includes<F: Family>(&self, flight: &Arc<Flight<F>>) -> bool {
+        let wanted = Arc::as_ptr(flight).addr();
+        self.0.iter().any(|call| call.address() == wanted && flight.epoch() == Some(call.epoch))
     }
 
     /// What will have to wait if the caller does.
     pub(super) fn sources(&self) -> Vec<Source> {
-        let source = |(flight, epoch): &Call| Source::Call(flight.as_ptr().addr(), *epoch);
-        self.0.iter().filter(|call| is_under_way(call)).map(source).collect()
+        let under_way = self.0.iter().filter(|call| call.under_way().is_some());
+        under_way.map(|call| Source::Call(call.address(), call.epoch)).collect()
     }
 }
 
@@ -96,12 +109,12 @@ pub(super) struct Within {
 static VARIABLE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
 
 impl Within {
-    /// Marks the current context as that of this call.
-    pub(super) fn enter(py: Python<'_>, lead: &Lead<Python3>) -> PyResult<()> {
+    /// Marks the current context as that of these calls.
+    pub(super) fn enter(py: Python<'_>, calls: impl IntoIterator<Item = Call>) -> PyResult<()> {
         let variable = VARIABLE.get_or_try_init(py, || new_variable(py, "llm_batch_coalesce_calls"))?;
         // Calls that are over are left out: a job that starts itself again would else gather them for ever.
-        let outer = Inside::of_task(py)?.0.into_iter().filter(is_under_way);
-        let within = Self { calls: outer.chain([call_of(lead)]).collect() };
+        let outer = Inside::of_task(py)?.0.into_iter().filter(|call| call.under_way().is_some());
+        let within = Self { calls: outer.chain(calls).collect() };
         ffi::call_method(intern!(py, "set"), [variable.bind(py), Bound::new(py, within)?.as_any()])?;
         Ok(())
     }

@@ -7,10 +7,15 @@ mod ffi;
 mod hooks;
 mod inside;
 mod key;
+mod many;
 mod options;
+mod reader;
 mod retain;
+mod slot;
+mod streams;
 mod task;
 mod thread;
+mod thread_stream;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -80,6 +85,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<coalescer::Coalescer>()?;
     module.add_class::<thread::ThreadCoalescer>()?;
     module.add_class::<retain::Retain>()?;
+    module.add_class::<thread_stream::ThreadStream>()?;
+    module.add_class::<reader::StreamReader>()?;
+    module.add_class::<reader::StreamSource>()?;
     module.add_class::<task::Ticket>()?;
     module.add_class::<task::Token>()?;
     module.add_function(wrap_pyfunction!(hooks::_install, module)?)?;

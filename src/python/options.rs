@@ -7,6 +7,8 @@ use pyo3::exceptions::{PyBaseException, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt, PyString, PyTuple, PyType};
 
+use super::ffi;
+use super::hooks::Hooks;
 use crate::clock::{FOREVER, Nanos};
 
 /// Seconds as given, and as the core counts them.
@@ -95,18 +97,32 @@ pub(super) fn max_flight_seconds(value: &Bound<'_, PyAny>) -> PyResult<Option<Tt
 
 /// For the argument of this name.
 pub(super) fn max_retained(value: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+    most("max_retained", value)
+}
+
+/// How many items the log of a stream holds by default: more tokens than any answer has.
+pub(super) const MAX_BUFFERED: usize = 65_536;
+
+/// For the argument of this name: how many items the log of a stream holds.
+pub(super) fn max_buffered(value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let most = most("max_buffered", value)?;
+    Ok(most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX))
+}
+
+/// A number that something must not exceed; None for no limit.
+fn most(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
     if value.is_none() {
         return Ok(None);
     }
     let got = || shown(value);
     if value.is_instance_of::<PyBool>() || !value.is_instance_of::<PyInt>() {
-        return Err(PyTypeError::new_err(format!("max_retained must be an int, not {}", got())));
+        return Err(PyTypeError::new_err(format!("{name} must be an int, not {}", got())));
     }
     match value.extract::<u64>() {
         Ok(most) if most > 0 => Ok(Some(most)),
         // More than anybody can have.
         Err(_) if value.gt(0)? => Ok(None),
-        _ => Err(PyValueError::new_err(format!("max_retained must be 1 or more, not {}", got()))),
+        _ => Err(PyValueError::new_err(format!("{name} must be 1 or more, not {}", got()))),
     }
 }
 
@@ -119,6 +135,15 @@ pub(super) fn name(value: &Bound<'_, PyAny>) -> PyResult<Option<Arc<str>>> {
         Ok(name) => Ok(Some(name.to_string_lossy().into())),
         Err(_) => Err(PyTypeError::new_err(format!("name must be a str, not {}", shown(value)))),
     }
+}
+
+/// For the argument of this name: the store as the Python layer adapts it, for tasks or for threads.
+pub(super) fn store(value: Option<&Bound<'_, PyAny>>, for_tasks: bool) -> PyResult<Option<Py<PyAny>>> {
+    let Some(value) = value else { return Ok(None) };
+    let py = value.py();
+    let for_tasks = for_tasks.into_pyobject(py)?;
+    let adapted = ffi::call(Hooks::get(py)?.adapt_store.bind(py), [value, &for_tasks])?;
+    Ok(Some(adapted.unbind()))
 }
 
 /// For the argument of this name: whether a call goes on when all its callers have left.

@@ -1,48 +1,27 @@
 //! What tasks of event loops hold: tickets for callers, tokens for calls.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyWeakrefReference;
+use pyo3::types::{PyList, PyWeakrefReference};
 
 use super::answer::{Answer, Request, Role};
 use super::coalescer::{Coalescer, cancelled_error, timeout_error};
 use super::family::{Python3, TaskCall, TaskWaiter, check_interrupt};
 use super::ffi;
-use super::inside::Within;
+use super::inside::{Call, Inside, Within};
 use super::options::{Patience, Ttl};
-use crate::circle::Nested;
+use super::slot::Slot;
+use crate::circle::{Nested, Target};
 use crate::flight::Flight;
 use crate::lead::{Lead, Place};
 use crate::map::Map;
 use crate::seat::Standing;
 use crate::sync::Arc;
 use crate::waiter::Wakeup;
-
-/// Moves a value in or out under a short lock; what comes out is dropped after it.
-struct Slot<T>(Mutex<Option<T>>);
-
-impl<T> Slot<T> {
-    fn new(value: Option<T>) -> Self {
-        Self(Mutex::new(value))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<T>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(&self) -> Option<T> {
-        self.lock().take()
-    }
-
-    fn put(&self, value: T) {
-        let old = self.lock().replace(value);
-        drop(old);
-    }
-}
 
 /// A task's place in a flight that it does not find retained.
 #[pyclass(frozen, module = "llm_batch_coalesce._core")]
@@ -54,6 +33,8 @@ pub(super) struct Ticket {
     future: Option<Py<PyAny>>,
     finishes: bool,
     request: Request,
+    /// Whether the store served the caller that leads; shared with its token.
+    stored: Arc<AtomicBool>,
 }
 
 impl Ticket {
@@ -67,6 +48,7 @@ impl Ticket {
             future: None,
             finishes,
             request,
+            stored: Arc::default(),
         }
     }
 
@@ -78,11 +60,13 @@ impl Ticket {
         event_loop: &Bound<'_, PyAny>,
         nested: Option<Nested>,
         request: Request,
+        busy: bool,
     ) -> PyResult<Option<Self>> {
         let future = ffi::call_method(intern!(event_loop.py(), "create_future"), [event_loop])?;
         let task = TaskWaiter { event_loop: event_loop.clone().unbind(), future: future.clone().unbind() };
         let loop_id = event_loop.as_ptr().addr();
-        Ok(map.join(flight, loop_id, Wakeup::Task(task)).map(|place| Self {
+        let join = if busy { Map::join_busy } else { Map::join };
+        Ok(join(map, flight, loop_id, Wakeup::Task(task)).map(|place| Self {
             place: Slot::new(Some(place)),
             lead: Slot::new(None),
             nested: Slot::new(nested),
@@ -90,6 +74,7 @@ impl Ticket {
             future: Some(future.unbind()),
             finishes: coalescer.finishes(),
             request,
+            stored: Arc::default(),
         }))
     }
 
@@ -124,7 +109,8 @@ impl Ticket {
     /// The lead, for the call's own task; once.
     fn token(&self, coalescer: Py<Coalescer>) -> PyResult<Token> {
         let lead = self.lead.take().ok_or_else(|| PyRuntimeError::new_err("the ticket does not lead"))?;
-        Ok(Token { lead: Slot::new(Some(lead)), coalescer, ttl: self.request.ttl })
+        let stored = Arc::clone(&self.stored);
+        Ok(Token { lead: Slot::new(Some(lead)), coalescer, ttl: self.request.ttl, stored })
     }
 
     /// Lets the leader's caller wait with this future. False when there is nothing to wait for any more.
@@ -142,7 +128,12 @@ impl Ticket {
         let place = this.take_place()?;
         match place.standing() {
             Standing::Landed => {
-                let role = if place.is_callers_own() { Role::Leader } else { Role::Waiter };
+                let role = match place.is_callers_own() {
+                    false => Role::Waiter,
+                    // Relaxed: it is read on the loop that has written it.
+                    true if this.stored.load(Ordering::Relaxed) => Role::Hit,
+                    true => Role::Leader,
+                };
                 let answer = place.outcome().map(|outcome| Answer::of(py, outcome, place.flight(), role));
                 if answer.is_some() {
                     place.count_joined();
@@ -179,6 +170,21 @@ impl Ticket {
         }
     }
 
+    /// From now on it can be offered the lead. Raises if the wait would never end.
+    fn begin_waiting(&self, coalescer: &Bound<'_, Coalescer>) -> PyResult<()> {
+        let place = self.take_place()?;
+        place.begin_waiting();
+        let flight = Arc::clone(place.flight());
+        self.place.put(place);
+        let py = coalescer.py();
+        let (inside, endless) = (Inside::of_task(py)?, self.request.patience == Patience::Endless);
+        let (key, target) = (flight.key().bind(py), Arc::clone(&flight) as Arc<dyn Target>);
+        if let Some(nested) = coalescer.get().begin_nested(&inside, &[], &target, key, endless)? {
+            self.nested.put(nested);
+        }
+        Ok(())
+    }
+
     /// Gives up the place; the last one to go cancels the call.
     fn leave(&self) -> PyResult<()> {
         drop(self.nested.take());
@@ -206,8 +212,7 @@ impl Ticket {
     // While a flight is under way, it is the flight that holds what wakes the waiter.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.future)?;
-        // Nobody is stopped while holding the lock; if it is held all the same, the next collection will do.
-        let Ok(place) = self.place.0.try_lock() else { return Ok(()) };
+        let Some(place) = self.place.try_lock() else { return Ok(()) };
         match place.as_ref().and_then(|place| place.own_task()) {
             Some(task) => {
                 visit.call(&task.event_loop)?;
@@ -224,9 +229,17 @@ pub(super) struct Token {
     lead: Slot<Lead<Python3>>,
     coalescer: Py<Coalescer>,
     ttl: Option<Ttl>,
+    stored: Arc<AtomicBool>,
 }
 
 impl Token {
+    fn call(&self) -> PyResult<Call> {
+        let lead = self.take()?;
+        let call = Call::of(&lead);
+        self.lead.put(lead);
+        Ok(call)
+    }
+
     fn take(&self) -> PyResult<Lead<Python3>> {
         self.lead.take().ok_or_else(|| PyRuntimeError::new_err("the call is over already"))
     }
@@ -236,10 +249,15 @@ impl Token {
 impl Token {
     /// Marks the current context as that of this call.
     fn enter(&self, py: Python<'_>) -> PyResult<()> {
-        let lead = self.take()?;
-        let entered = Within::enter(py, &lead);
-        self.lead.put(lead);
-        entered
+        Within::enter(py, [self.call()?])
+    }
+
+    /// The same for a call for many keys.
+    #[staticmethod]
+    fn enter_all(tokens: &Bound<'_, PyList>) -> PyResult<()> {
+        let call = |token: Bound<'_, PyAny>| token.cast::<Self>()?.get().call();
+        let calls = tokens.iter().map(call).collect::<PyResult<Vec<_>>>()?;
+        Within::enter(tokens.py(), calls)
     }
 
     /// Tells which task runs the call, and whose call it is.
@@ -254,9 +272,26 @@ impl Token {
         Ok(())
     }
 
-    /// Shares the call's value.
-    fn complete(&self, value: Bound<'_, PyAny>) -> PyResult<()> {
-        self.coalescer.get().complete(self.take()?, value, self.ttl).map(drop)
+    /// Shares the call's value, and returns what the callers get.
+    fn complete<'py>(&self, value: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.coalescer.get().complete(self.take()?, value, self.ttl)
+    }
+
+    /// How long a result of the call will be retained, in seconds; 0 for not at all.
+    fn retained_for(&self, value: &Bound<'_, PyAny>) -> PyResult<f64> {
+        let lead = self.take()?;
+        let seconds = self.coalescer.get().retained_for(&lead, value, self.ttl);
+        self.lead.put(lead);
+        Ok(seconds)
+    }
+
+    /// Counts the caller as served by a store.
+    fn count_store_hit(&self) -> PyResult<()> {
+        let lead = self.take()?;
+        lead.count_store_hit();
+        self.stored.store(true, Ordering::Relaxed);
+        self.lead.put(lead);
+        Ok(())
     }
 
     /// Shares the call's error, if it is one to share. False when its own caller is gone and nobody else has it.

@@ -11,10 +11,13 @@ use super::answer::{Answer, Request, Role, find, find_value};
 use super::coalescer::{Coalescer, Options, cancelled_error, timeout_error};
 use super::family::{Python3, Shared, running_loop};
 use super::hooks::Hooks;
-use super::inside::{Inside, Led};
-use super::options::{self, ErrorTtl, Patience, Ttl};
+use super::inside::{Call, Inside, Led};
+use super::many;
+use super::options::{self, ErrorTtl, MAX_BUFFERED, Patience, Ttl};
+use super::streams::Asked as StreamAsked;
+use super::thread_stream::ThreadStream;
 use super::{ffi, key};
-use crate::circle::BlockedLoop;
+use crate::circle::{BlockedLoop, Nested, Target};
 use crate::flight::Flight;
 use crate::fork;
 use crate::lead::{Lead, Place};
@@ -32,7 +35,7 @@ impl ThreadCoalescer {
     #[new]
     #[pyo3(signature = (*_arguments, **_options))]
     #[pyo3(text_signature = "(ttl_seconds=5.0, *, error_ttl_seconds=None, private_errors=(), \
-        max_flight_seconds=None, max_retained=None, name=None)")]
+        max_flight_seconds=None, max_retained=None, name=None, store=None)")]
     fn new(
         _arguments: &Bound<'_, PyTuple>,
         _options: Option<&Bound<'_, PyDict>>,
@@ -41,7 +44,8 @@ impl ThreadCoalescer {
     }
 
     #[pyo3(signature = (ttl_seconds = Ttl::DEFAULT, *, error_ttl_seconds = ErrorTtl::Same, private_errors = None,
-        max_flight_seconds = None, max_retained = None, name = None))]
+        max_flight_seconds = None, max_retained = None, name = None, store = None))]
+    #[expect(clippy::too_many_arguments, reason = "they are options, given by name")]
     fn __init__(
         slf: &Bound<'_, Self>,
         #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl,
@@ -50,6 +54,7 @@ impl ThreadCoalescer {
         #[pyo3(from_py_with = options::max_flight_seconds)] max_flight_seconds: Option<Ttl>,
         #[pyo3(from_py_with = options::max_retained)] max_retained: Option<u64>,
         #[pyo3(from_py_with = options::name)] name: Option<Arc<str>>,
+        store: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         slf.as_super().get().make(Options {
             ttl: ttl_seconds,
@@ -59,6 +64,7 @@ impl ThreadCoalescer {
             max_retained,
             finishes: false,
             name,
+            store: options::store(store, false)?,
         })
     }
 
@@ -95,6 +101,34 @@ impl ThreadCoalescer {
     ) -> PyResult<Bound<'py, PyAny>> {
         ask(slf.as_super(), key, r#fn, timeout, ttl_seconds, true)
     }
+
+    /// Returns the outcomes of many keys; those that are neither retained nor in flight are led in one call.
+    #[pyo3(signature = (keys, r#fn, *, timeout = None, ttl_seconds = None))]
+    fn get_or_call_many<'py>(
+        slf: &Bound<'py, Self>,
+        keys: &Bound<'py, PyAny>,
+        r#fn: &Bound<'py, PyAny>,
+        timeout: Option<&Bound<'py, PyAny>>,
+        ttl_seconds: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        many::get_or_call_many(slf.as_super(), keys, r#fn, timeout, ttl_seconds)
+    }
+
+    /// Iterates over the items that `fn()` yields, shared among all who ask for the key.
+    #[pyo3(signature = (key, r#fn, *, ttl_seconds = None, max_buffered = MAX_BUFFERED))]
+    #[pyo3(text_signature = "($self, key, fn, *, ttl_seconds=None, max_buffered=65536)")]
+    fn stream(
+        slf: &Bound<'_, Self>,
+        key: &Bound<'_, PyAny>,
+        r#fn: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
+        #[pyo3(from_py_with = options::max_buffered)] max_buffered: usize,
+    ) -> PyResult<ThreadStream> {
+        key::hash(key)?;
+        options::callable("fn", r#fn)?;
+        let asked = StreamAsked { ttl: ttl_seconds, max_buffered, pumped: false };
+        Ok(ThreadStream::new(slf.as_super(), key, r#fn, asked))
+    }
 }
 
 #[cold]
@@ -127,27 +161,65 @@ fn missed<'py>(
     asked.follow(map, found)?.into_result(key.py(), false)
 }
 
+/// What is noted while a thread waits.
+struct Blocking {
+    _nested: Option<Nested>,
+    _loop: Option<BlockedLoop>,
+}
+
+impl Blocking {
+    const NOT: Self = Self { _nested: None, _loop: None };
+}
+
 /// A request of a thread.
-struct Asked<'a, 'py> {
-    coalescer: &'a Bound<'py, Coalescer>,
-    hash: u64,
-    key: &'a Bound<'py, PyAny>,
-    r#fn: &'a Bound<'py, PyAny>,
-    timeout: Option<&'a Bound<'py, PyAny>>,
-    request: Request,
+pub(super) struct Asked<'a, 'py> {
+    pub(super) coalescer: &'a Bound<'py, Coalescer>,
+    pub(super) hash: u64,
+    pub(super) key: &'a Bound<'py, PyAny>,
+    pub(super) r#fn: &'a Bound<'py, PyAny>,
+    pub(super) timeout: Option<&'a Bound<'py, PyAny>>,
+    pub(super) request: Request,
 }
 
 impl<'a, 'py> Asked<'a, 'py> {
     fn follow(
         &self,
-        mut map: &'a Arc<Map<Python3>>,
-        mut found: Found<Python3, Answer<'py>>,
+        map: &'a Arc<Map<Python3>>,
+        found: Found<Python3, Answer<'py>>,
     ) -> PyResult<Answer<'py>> {
-        let this = self.coalescer.get();
         if !matches!(found, Found::Hit(_)) {
             options::callable("fn", self.r#fn)?;
         }
-        let mut until = None;
+        self.follow_until(map, found, &mut None)
+    }
+
+    /// Gets the outcome of a flight that this caller has joined, or, if that gives none, whatever there is now.
+    pub(super) fn come_for(
+        &self,
+        place: Place<Python3>,
+        until: &mut Option<Instant>,
+    ) -> PyResult<Answer<'py>> {
+        place.begin_waiting();
+        let blocking = match place.standing() {
+            Standing::Waiting => self.begin_blocking(place.map(), place.flight(), until),
+            _ => Ok(Blocking::NOT),
+        };
+        // A wait that may not begin is no request.
+        let blocking = blocking.inspect_err(|_| place.ask_again())?;
+        if let Some(answer) = self.sit(place, blocking, *until)? {
+            return Ok(answer);
+        }
+        let map = self.coalescer.get().map();
+        self.follow_until(map, find(map, self.hash, self.key)?, until)
+    }
+
+    fn follow_until(
+        &self,
+        mut map: &'a Arc<Map<Python3>>,
+        mut found: Found<Python3, Answer<'py>>,
+        until: &mut Option<Instant>,
+    ) -> PyResult<Answer<'py>> {
+        let this = self.coalescer.get();
         loop {
             match found {
                 Found::Hit(answer) => return Ok(answer),
@@ -157,7 +229,7 @@ impl<'a, 'py> Asked<'a, 'py> {
                     }
                 }
                 Found::Pending(flight) => {
-                    if let Some(answer) = self.join(map, flight, &mut until)? {
+                    if let Some(answer) = self.join(map, flight, until)? {
                         return Ok(answer);
                     }
                 }
@@ -174,9 +246,22 @@ impl<'a, 'py> Asked<'a, 'py> {
         flight: Arc<Flight<Python3>>,
         until: &mut Option<Instant>,
     ) -> PyResult<Option<Answer<'py>>> {
+        let blocking = self.begin_blocking(map, &flight, until)?;
+        let Some(place) = map.join(&flight, NO_LOOP, Wakeup::this_thread()) else { return Ok(None) };
+        drop(flight);
+        self.sit(place, blocking, *until)
+    }
+
+    /// Notes that this thread will wait, unless that would never end or may not begin.
+    fn begin_blocking(
+        &self,
+        map: &Map<Python3>,
+        flight: &Arc<Flight<Python3>>,
+        until: &mut Option<Instant>,
+    ) -> PyResult<Blocking> {
         let (py, this) = (self.key.py(), self.coalescer.get());
         let inside = Inside::of_thread(py)?;
-        if inside.includes(&flight) {
+        if inside.includes(flight) {
             return Err(this.recursive_error(self.key)?);
         }
         match self.request.patience {
@@ -193,20 +278,34 @@ impl<'a, 'py> Asked<'a, 'py> {
         if blocked.is_some() && flight.lead().map(|(_, led_on)| led_on) == blocked {
             return Err(this.deadlock_error(self.key)?);
         }
-        let nested = this.begin_nested(&inside, blocked.as_slice(), &flight, self.key, self.request)?;
-        let blocked = blocked.map(BlockedLoop::begin);
-        let Some(place) = map.join(&flight, NO_LOOP, Wakeup::this_thread()) else { return Ok(None) };
-        drop(flight);
+        let endless = self.request.patience == Patience::Endless;
+        let target = Arc::clone(flight) as Arc<dyn Target>;
+        let nested = this.begin_nested(&inside, blocked.as_slice(), &target, self.key, endless)?;
+        Ok(Blocking { _nested: nested, _loop: blocked.map(BlockedLoop::begin) })
+    }
+
+    /// Waits in a seat that was taken. `None` as in `join`.
+    fn sit(
+        &self,
+        place: Place<Python3>,
+        blocking: Blocking,
+        until: Option<Instant>,
+    ) -> PyResult<Option<Answer<'py>>> {
+        let (py, map) = (self.key.py(), Arc::clone(place.map()));
         loop {
-            match wait(py, &place, *until)? {
+            let standing = wait(py, until, |limit| {
+                Some(place.wait(limit)).filter(|&standing| standing != Standing::Waiting)
+            })?;
+            place.pass_baton();
+            match standing.unwrap_or(Standing::Waiting) {
                 Standing::Waiting => {
                     place.count_timeout();
                     drop(place);
-                    return Err(self.timeout_error(map)?);
+                    return Err(self.timeout_error(&map)?);
                 }
                 Standing::Offered => {
                     if let Some(lead) = place.take_lead(ffi::thread_number()) {
-                        drop((place, nested, blocked));
+                        drop((place, blocking));
                         return self.lead(lead).map(Some);
                     }
                     // It was taken back in this moment; the next look tells why.
@@ -221,7 +320,7 @@ impl<'a, 'py> Asked<'a, 'py> {
                     }
                     return Ok(answer);
                 }
-                Standing::Cancelled => return Err(cancelled_error(map, self.key, false)?),
+                Standing::Cancelled => return Err(cancelled_error(&map, self.key, false)?),
                 Standing::Private | Standing::Withdrawn => {
                     place.ask_again();
                     return Ok(None);
@@ -234,17 +333,13 @@ impl<'a, 'py> Asked<'a, 'py> {
     fn lead(&self, lead: Lead<Python3>) -> PyResult<Answer<'py>> {
         let this = self.coalescer.get();
         // Until the end, since how an error is settled may be for the user's code to say, too.
-        let _led = Led::begin(&lead);
-        let result = match ffi::call0(self.r#fn) {
-            Ok(value) if ffi::is_coroutine(&value) => Err(self.refused(&value)?),
-            result => result,
-        };
-        match result {
-            Ok(value) => {
+        let _led = Led::begin(Call::of(&lead));
+        match self.run(&lead) {
+            Ok((value, role)) => {
                 let flight = self.request.detailed.then(|| Arc::clone(lead.flight()));
                 let value = this.complete(lead, value, self.request.ttl)?;
                 let (waiters, seconds) = flight.map_or((0, 0.0), |flight| flight.report());
-                Ok(Answer { shared: Shared::Value(value), role: Role::Leader, waiters, seconds })
+                Ok(Answer { shared: Shared::Value(value), role, waiters, seconds })
             }
             Err(error) => {
                 let exception = error.into_value(self.key.py()).into_bound(self.key.py()).into_any();
@@ -252,6 +347,26 @@ impl<'a, 'py> Asked<'a, 'py> {
                 Err(PyErr::from_value(exception))
             }
         }
+    }
+
+    /// Gets the value from the store, or from the callable.
+    fn run(&self, lead: &Lead<Python3>) -> PyResult<(Bound<'py, PyAny>, Role)> {
+        let this = self.coalescer.get();
+        let store = this.store(self.key.py());
+        if let Some(store) = store
+            && let Some(value) = this.ask_store(store, self.key)?
+        {
+            lead.count_store_hit();
+            return Ok((value, Role::Hit));
+        }
+        let value = ffi::call0(self.r#fn)?;
+        if ffi::is_coroutine(&value) {
+            return Err(self.refused(&value)?);
+        }
+        if let Some(store) = store {
+            this.tell_store(store, lead, &value, self.request.ttl)?;
+        }
+        Ok((value, Role::Leader))
     }
 
     /// The error of a callable that returned a coroutine, which threads cannot share.
@@ -266,21 +381,21 @@ impl<'a, 'py> Asked<'a, 'py> {
     }
 }
 
-/// Waits until the flight has something for this thread, or until `until` has passed.
-fn wait(py: Python<'_>, place: &Place<Python3>, until: Option<Instant>) -> PyResult<Standing> {
+/// Blocks this thread, detached, until `block` has something for it, or until `until` has passed. Signals are answered.
+pub(super) fn wait<T>(
+    py: Python<'_>,
+    until: Option<Instant>,
+    block: impl Fn(Option<Duration>) -> Option<T>,
+) -> PyResult<Option<T>> {
     /// How often the main thread looks for signals.
     const SIGNALS: Duration = Duration::from_millis(50);
     let slice = is_main_thread(py)?.then_some(SIGNALS);
     loop {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let limit = slice.into_iter().chain(left).min();
-        let standing = ffi::detached(py, || place.wait(limit));
-        if standing != Standing::Waiting {
-            place.pass_baton();
-            return Ok(standing);
-        }
-        if left.is_some_and(|left| limit == Some(left)) {
-            return Ok(standing);
+        let found = ffi::detached(py, || block(limit));
+        if found.is_some() || left.is_some_and(|left| limit == Some(left)) {
+            return Ok(found);
         }
         ffi::check_signals(py)?;
     }

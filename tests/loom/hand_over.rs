@@ -22,7 +22,7 @@ fn ask_and_give_up(map: &Arc<llm_batch_coalesce::map::Map<crate::support::Plain>
             }
             Turn::Join(flight) => {
                 let Some(place) = join(map, &flight) else { continue };
-                if place.wait() == Standing::Landed {
+                if place.wait(None) == Standing::Landed {
                     place.count_joined();
                     return false;
                 }

@@ -175,7 +175,7 @@ pub(crate) fn request(map: &Arc<Map<Plain>>, own: u64, ttl: Nanos) -> Served {
 
 /// Waits in a place for the outcome, or for the lead.
 pub(crate) fn sit(place: &Place<Plain>, own: u64, ttl: Nanos) -> Served {
-    match place.wait() {
+    match place.wait(None) {
         Standing::Landed => {
             place.count_joined();
             Served::Shared(**place.outcome().expect("it has landed"))

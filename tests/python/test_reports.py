@@ -69,11 +69,11 @@ def test_reports_are_frozen(report):
 
 
 def test_reports_have_the_fields_that_were_agreed_on():
-    stats = "calls joined hits errors timeouts cancelled handed_over evicted in_flight retained"
+    stats = "calls joined hits errors timeouts cancelled handed_over evicted in_flight retained store_hits store_errors"
     fields = {
         Stats: stats,
         Outcome: "value role waiters duration_seconds",
-        FlightInfo: "key age_seconds waiters leader",
+        FlightInfo: "key age_seconds waiters leader is_stream",
     }
     for kind, names in fields.items():
         assert [field.name for field in dataclasses.fields(kind)] == names.split()

@@ -1,0 +1,217 @@
+"""Many keys in one call: matching its result with the keys, and what a caller gets in the end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llm_batch_coalesce._core import Token
+from llm_batch_coalesce._errors import CallResultError, MissingKeysError
+from llm_batch_coalesce._shown import shown
+from llm_batch_coalesce._store import ask_store, checked, tell_store
+from llm_batch_coalesce._tasks import CallTask, error_of, start
+
+if TYPE_CHECKING:
+    from llm_batch_coalesce._async import AsyncBatchCoalescer
+from llm_batch_coalesce._reports import digest, logger
+
+
+def match_values(keys: list[Hashable], result: object) -> list[tuple[Any, MissingKeysError | None]]:
+    """Find the value of each key in what a call has returned.
+
+    Returns:
+        For each key its value and None, or None and the error that it has no value.
+
+    Raises:
+        CallResultError: If the result is neither a mapping nor a sequence.
+    """
+    if isinstance(result, Mapping):
+        wanted = set(keys)
+        surplus = [key for key in result if key not in wanted]
+        missing = [key for key in keys if key not in result]
+        if surplus and not missing:
+            logger.warning(
+                "fn returned values for %d keys that were not asked for, the first of type %s with digest %s",
+                len(surplus),
+                type(surplus[0]).__qualname__,
+                digest(surplus[0]),
+            )
+        lost = set(missing)
+        return [(None, MissingKeysError([key], surplus)) if key in lost else (result[key], None) for key in keys]
+    # Arrays are sequences, too, though they do not say so.
+    is_sequence = isinstance(result, Sequence) or (hasattr(result, "__len__") and hasattr(result, "__getitem__"))
+    if not is_sequence or isinstance(result, str | bytes | bytearray):
+        if asyncio.iscoroutine(result):
+            result.close()
+        raise CallResultError(f"fn must return a mapping, or a sequence in the order of its keys, not {shown(result)}")
+    values = list(result)  # type: ignore[call-overload]
+    if len(values) != len(keys):
+        reason = f"fn returned {len(values)} values for {len(keys)} keys"
+        return [(None, MissingKeysError([key], reason=reason)) for key in keys]
+    return [(value, None) for value in values]
+
+
+def gather(
+    keys: list[Hashable], values: dict[Hashable, Any], errors: dict[Hashable, BaseException]
+) -> dict[Hashable, Any]:
+    """Return what a caller gets in the end, or raise what concerns it."""
+    raised = [errors.pop(key) for key in keys if key in errors]
+    for error in raised:
+        if not isinstance(error, MissingKeysError):
+            # Its traceback will hold this frame.
+            del raised
+            try:
+                raise error
+            finally:
+                del error
+    if raised:
+        missing = [error for error in raised if isinstance(error, MissingKeysError)]
+        surplus = dict.fromkeys(key for error in missing for key in error.surplus)
+        reason = next((error.reason for error in missing if error.reason), None)
+        raise MissingKeysError([key for error in missing for key in error.missing], list(surplus), values, reason)
+    return {key: values[key] for key in keys}
+
+
+def single(fn: Callable[[list[Any]], Any], key: Hashable) -> Callable[[], Any]:
+    """Make a call for one key of a call for many."""
+
+    def call() -> Any:  # noqa: ANN401 - the key's value
+        return _only(key, fn([key]))
+
+    return call
+
+
+def single_async(fn: Callable[[list[Any]], Awaitable[Any]], key: Hashable) -> Callable[[], Awaitable[Any]]:
+    """Make a call for one key of a call for many, to be awaited."""
+
+    async def call() -> Any:  # noqa: ANN401 - the key's value
+        return _only(key, await checked(fn([key])))
+
+    return call
+
+
+def _only(key: Hashable, result: object) -> Any:  # noqa: ANN401 - the key's value
+    ((value, error),) = match_values([key], result)
+    if error is not None:
+        raise error
+    return value
+
+
+async def lead_many(
+    coalescer: "AsyncBatchCoalescer",
+    led: Mapping[Any, Token],
+    fn: Callable[[list[Any]], Awaitable[Any]],
+    values: dict[Hashable, Any],
+    errors: dict[Hashable, BaseException],
+) -> None:
+    """Run a call for many keys in a task of its own, and wait for it. Raises what the call raises."""
+    loop = asyncio.get_running_loop()
+    task = start(_call_many(coalescer, led, fn, values, errors), loop)
+    if not task.done():
+        shared = SharedTask(task, len(led))
+        caller = asyncio.current_task(loop) or task
+        for token in led.values():
+            token.led_by(shared, caller)
+        future = loop.create_future()
+
+        def done(task: CallTask) -> None:
+            for token in led.values():
+                token.task_done(task)
+            if not future.done():
+                future.set_result(None)
+
+        task.add_done_callback(done)
+        coalescer._hold(task)  # noqa: SLF001 - this is a part of it
+        try:
+            await future
+        except BaseException:
+            # The call may have ended in the very moment; what is no Exception must not be lost.
+            if isinstance(error_of(task), Exception | None):
+                raise
+    error = task.result()
+    if error is not None:
+        try:
+            raise error
+        finally:
+            # The error's traceback holds this frame.
+            del error, task
+
+
+async def _call_many(
+    coalescer: "AsyncBatchCoalescer",
+    led: Mapping[Any, Token],
+    fn: Callable[[list[Any]], Awaitable[Any]],
+    values: dict[Hashable, Any],
+    errors: dict[Hashable, BaseException],
+) -> BaseException | None:
+    """Run a call for many keys and end their flights. Returns the error that its own caller raises."""
+    left = dict(led)
+    try:
+        Token.enter_all(list(led.values()))
+        await _serve_from_store(coalescer, left, values)
+        if left:
+            matched = match_values(list(left), await checked(fn(list(left))))
+            for (key, token), (value, missing) in zip(list(left.items()), matched, strict=True):
+                if missing is None:
+                    await tell_store(coalescer, token, key, value)
+                    values[key] = token.complete(value)
+                else:
+                    errors[key] = missing
+                    token.fail(missing)
+                del left[key]
+    except asyncio.CancelledError:
+        for token in left.values():
+            token.lose_loop()
+        raise
+    except BaseException as error:
+        delivered = [token.fail(error) for token in left.values()]
+        if not all(delivered) and not isinstance(error, Exception):
+            raise
+        return error
+    return None
+
+
+async def _serve_from_store(
+    coalescer: "AsyncBatchCoalescer", left: dict[Any, Token], values: dict[Hashable, Any]
+) -> None:
+    """Complete what the store has, and take it out of what is left."""
+    store = coalescer._store  # noqa: SLF001 - this is a part of it
+    if store is None:
+        return
+    for key, token in list(left.items()):
+        found = await ask_store(coalescer, store, key)
+        if found is not store:
+            token.count_store_hit()
+            values[key] = token.complete(found)
+            del left[key]
+
+
+class SharedTask:
+    """A task that computes several flights: cancelled when all of them are abandoned.
+
+    The core takes it for the task of each flight.
+    """
+
+    __slots__ = ("__weakref__", "_flights", "_task")
+
+    def __init__(self, task: asyncio.Task[Any], flights: int) -> None:
+        self._task = task
+        self._flights = flights
+        # The core knows it weakly.
+        task.add_done_callback(self._done)
+
+    def _done(self, _: asyncio.Task[Any]) -> None:
+        self._flights = 0
+
+    def cancel(self) -> None:
+        """Note that one more flight is abandoned; called on the task's loop."""
+        self._flights -= 1
+        if self._flights == 0:
+            self._task.cancel()
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the task's loop."""
+        return self._task.get_loop()
+
+    def get_name(self) -> str:
+        """Return the task's name."""
+        return self._task.get_name()

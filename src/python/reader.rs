@@ -1,0 +1,439 @@
+//! The two ends of a shared stream, as Python holds them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::{PyRuntimeError, PyStopIteration};
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyWeakrefReference};
+
+use super::coalescer::Coalescer;
+use super::family::{Shared, TaskCall, TaskWaiter, check_interrupt, running_loop, undisturbed};
+use super::hooks::Hooks;
+use super::inside::{Inside, Led, Within};
+use super::options::{self, Patience, Ttl};
+use super::slot::Slot;
+use super::streams::{self, Asked, SharedStream, Streams};
+use super::thread::wait;
+use super::{ffi, key};
+use crate::circle::{BlockedLoop, Nested, Source};
+use crate::map::Map;
+use crate::stream::{Reader, Turn};
+
+/// A reader of a shared stream. Dropping it leaves the stream.
+#[pyclass(frozen, module = "llm_batch_coalesce._core")]
+pub(super) struct StreamReader {
+    coalescer: Py<Coalescer>,
+    key: Py<PyAny>,
+    stream: Arc<SharedStream>,
+    reader: Reader<super::family::Python3>,
+    leads: bool,
+    /// What a reader that leads starts the source with; once.
+    source: Slot<()>,
+    /// Whether it is to pull, and has not begun to.
+    duty: AtomicBool,
+    /// Whether its request is counted, or is counted when it asks again.
+    counted: AtomicBool,
+    nested: Slot<Nested>,
+}
+
+impl StreamReader {
+    pub(super) fn open(
+        coalescer: &Bound<'_, Coalescer>,
+        key: &Bound<'_, PyAny>,
+        asked: Asked,
+    ) -> PyResult<Self> {
+        let event_loop = running_loop(key.py())?;
+        let opened = streams::open(coalescer.get(), key, asked, &event_loop)?;
+        Ok(Self {
+            coalescer: coalescer.clone().unbind(),
+            key: key.clone().unbind(),
+            stream: opened.stream,
+            reader: opened.reader,
+            leads: opened.leads,
+            source: Slot::new(opened.leads.then_some(())),
+            duty: AtomicBool::new(false),
+            counted: AtomicBool::new(opened.counted),
+            nested: Slot::new(None),
+        })
+    }
+
+    /// What there is to do for this reader. Raises the error that the stream ended with.
+    pub(super) fn turn<'py>(&self, py: Python<'py>) -> PyResult<Turn<Bound<'py, PyAny>>> {
+        drop(self.nested.take());
+        let turn = self.reader.take(|outcome| outcome.share(py));
+        match turn {
+            Turn::Wait => {}
+            Turn::Pull => self.duty.store(true, Ordering::Release),
+            // It will be counted when it asks again.
+            Turn::StartOver => self.counted.store(true, Ordering::Relaxed),
+            _ => self.count(Map::count_joined)?,
+        }
+        let over = !matches!(turn, Turn::Items(_) | Turn::Wait | Turn::Pull | Turn::Lagged(_));
+        if over
+            && self.leads
+            && let Some(error) = self.stream.take_leaders_error()
+        {
+            return Err(PyErr::from_value(error.into_bound(py)));
+        }
+        Ok(match turn {
+            Turn::Items(items) => {
+                Turn::Items(items.into_iter().map(Shared::into_result).collect::<PyResult<_>>()?)
+            }
+            Turn::Failed(error) => Turn::Failed(error.into_result()?),
+            Turn::Broken(Some(error)) => Turn::Broken(Some(error.into_result()?)),
+            Turn::Broken(None) => {
+                let name = self.coalescer.get().name().into_pyobject(py)?;
+                let hook = Hooks::get(py)?.lost_stream_error.bind(py);
+                return Err(PyErr::from_value(ffi::call(hook, [self.key.bind(py), &name])?));
+            }
+            Turn::Lagged(missed) => {
+                let name = self.coalescer.get().name().into_pyobject(py)?;
+                let missed = missed.into_pyobject(py)?;
+                let hook = Hooks::get(py)?.stream_lag_error.bind(py);
+                return Err(PyErr::from_value(ffi::call(hook, [self.key.bind(py), &name, &missed])?));
+            }
+            Turn::Wait => Turn::Wait,
+            Turn::Pull => Turn::Pull,
+            Turn::Finished => Turn::Finished,
+            Turn::StartOver => Turn::StartOver,
+        })
+    }
+
+    /// Shows what it holds, for the garbage collector.
+    pub(super) fn show(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.coalescer)?;
+        visit.call(&self.key)
+    }
+
+    fn count(&self, counter: fn(&Map<Streams>, u64)) -> PyResult<()> {
+        if !self.counted.swap(true, Ordering::Relaxed) {
+            let key = self.key.bind(ffi::attached());
+            counter(self.coalescer.get().streams(), key::hash(key)?);
+        }
+        Ok(())
+    }
+
+    /// Blocks this thread until there is something to do for this reader. False if `until` has passed before.
+    pub(super) fn block(&self, py: Python<'_>, until: Option<Instant>) -> PyResult<bool> {
+        let coalescer = self.coalescer.get();
+        let key = self.key.bind(py);
+        let event_loop = running_loop(py)?;
+        let blocked = (!event_loop.is_none()).then(|| event_loop.as_ptr().addr());
+        // There is no target any more when the stream is just ending, which is waited for all the same.
+        let nested = match self.stream.under_way() {
+            Some(target) => {
+                if blocked.is_some_and(|loop_id| target.sources().contains(&Source::Loop(loop_id))) {
+                    return Err(coalescer.deadlock_error(key)?);
+                }
+                let inside = Inside::of_thread(py)?;
+                coalescer.begin_nested(&inside, blocked.as_slice(), &target, key, until.is_none())?
+            }
+            None => None,
+        };
+        let _blocked = blocked.map(BlockedLoop::begin);
+        let Some(waiting) = self.reader.wait_here() else { return Ok(true) };
+        let woken = wait(py, until, |limit| waiting.wait(limit).then_some(()));
+        // Passes the baton on before anything that can fail.
+        drop((waiting, nested));
+        Ok(woken?.is_some())
+    }
+
+    /// Whether it is this reader's duty to begin the stream; once.
+    pub(super) fn begins(&self) -> bool {
+        self.source.take().is_some()
+    }
+
+    /// Whether it is this reader's duty to pull; once.
+    pub(super) fn takes_duty(&self) -> bool {
+        self.duty.swap(false, Ordering::AcqRel)
+    }
+
+    /// Pulls the next item for all readers, which is this one's duty; `fn` makes the upstream if there is none yet.
+    pub(super) fn pull_next(&self, r#fn: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = r#fn.py();
+        let duty = Duty(&self.stream);
+        let _led = self.stream.call().map(Led::begin);
+        match self.next_item(r#fn) {
+            Ok(Some(item)) => {
+                if !self.stream.append(item, true)
+                    && let Some(upstream) = self.stream.upstream.take()
+                {
+                    // The last reader has left meanwhile.
+                    self.stream.close_upstream(upstream.bind(py))?;
+                }
+            }
+            Ok(None) => {
+                self.stream.finish(self.stream.ttl.unwrap_or(self.coalescer.get().ttl()));
+            }
+            Err(error) => {
+                let exception = error.into_value(py).into_bound(py).into_any();
+                end_with(self.coalescer.get(), &self.stream, &exception, None)?;
+                std::mem::drop(duty);
+                return Err(PyErr::from_value(exception));
+            }
+        }
+        duty.done();
+        check_interrupt()
+    }
+
+    fn next_item(&self, r#fn: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyAny>>> {
+        let py = r#fn.py();
+        let upstream = if let Some(upstream) = self.stream.upstream.take() {
+            upstream.into_bound(py)
+        } else {
+            let begun = ffi::call(Hooks::get(py)?.iterate.bind(py), [r#fn])?;
+            let (upstream, iterated): (Bound<'_, PyAny>, Bound<'_, PyAny>) = begun.extract()?;
+            if !iterated.is(&upstream) {
+                self.stream.iterated.put(iterated.unbind());
+            }
+            upstream
+        };
+        match ffi::call_method(intern!(py, "__next__"), [&upstream]) {
+            Ok(item) => {
+                self.coalescer.get().note(&item);
+                self.stream.upstream.put(upstream.unbind());
+                Ok(Some(item.unbind()))
+            }
+            Err(error) if error.is_instance_of::<PyStopIteration>(py) => Ok(None),
+            Err(error) => {
+                if let Err(unclosed) = self.stream.close_upstream(&upstream) {
+                    unclosed.write_unraisable(py, Some(&upstream));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn leave_now(&self, py: Python<'_>) -> PyResult<()> {
+        drop(self.nested.take());
+        if self.leads {
+            self.stream.leader_leaves();
+        }
+        let last = self.reader.leave();
+        if self.begins() {
+            // Nobody will ever pull.
+            self.stream.break_off(None, false);
+        }
+        if self.takes_duty() {
+            self.stream.log.release();
+        }
+        self.count(Map::count_cancelled)?;
+        if last { self.stream.close(py) } else { Ok(()) }
+    }
+}
+
+/// The duty to pull. Whoever drops it undone leaves the others a broken stream, and not one that they wait for.
+struct Duty<'a>(&'a SharedStream);
+
+impl Duty<'_> {
+    #[expect(clippy::mem_forget, reason = "its drop is for the other case")]
+    fn done(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Duty<'_> {
+    fn drop(&mut self) {
+        self.0.break_off(None, false);
+    }
+}
+
+/// Ends a stream with an error, as that is shared. False if it is not shared.
+fn end_with(
+    coalescer: &Coalescer,
+    stream: &Arc<SharedStream>,
+    error: &Bound<'_, PyAny>,
+    ttl: Option<Ttl>,
+) -> PyResult<bool> {
+    let py = error.py();
+    if let Some((template, own_ttl)) = coalescer.shared_error(error, stream.ttl)? {
+        stream.fail(template, ttl.unwrap_or(own_ttl));
+        return Ok(true);
+    }
+    break_off(py, stream, error)?;
+    Ok(false)
+}
+
+/// Ends a stream with an error that concerns its leader only.
+fn break_off(py: Python<'_>, stream: &SharedStream, error: &Bound<'_, PyAny>) -> PyResult<()> {
+    let template = ffi::call(Hooks::get(py)?.broken_stream_error.bind(py), [error])?;
+    stream.break_off(Some(template.unbind()), true);
+    Ok(())
+}
+
+#[pymethods]
+impl StreamReader {
+    /// Whether this reader has to start the source, or to pull the first item.
+    #[getter]
+    fn leads(&self) -> bool {
+        self.leads
+    }
+
+    /// The source, for the reader that leads; once.
+    fn source(&self, py: Python<'_>) -> PyResult<StreamSource> {
+        let taken = || PyRuntimeError::new_err("only a reader that leads has a source, and only one");
+        self.source.take().ok_or_else(taken)?;
+        Ok(StreamSource { coalescer: self.coalescer.clone_ref(py), stream: Arc::clone(&self.stream) })
+    }
+
+    /// The next items; or, as a word, what there is to do instead.
+    fn take<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let word = match self.turn(py)? {
+            Turn::Items(items) => return Ok(PyList::new(py, items)?.into_any()),
+            Turn::Wait => intern!(py, "wait"),
+            Turn::Pull => intern!(py, "pull"),
+            Turn::StartOver => intern!(py, "again"),
+            Turn::Finished | Turn::Failed(_) | Turn::Broken(_) | Turn::Lagged(_) => intern!(py, "end"),
+        };
+        Ok(word.clone().into_any())
+    }
+
+    /// Blocks this thread until there is something to do. False when `timeout` seconds have passed before.
+    #[pyo3(signature = (timeout = None, /))]
+    fn wait(&self, py: Python<'_>, timeout: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        let limit = match options::timeout(timeout)? {
+            Patience::Endless => None,
+            Patience::None => Some(Duration::ZERO),
+            Patience::Limited(limit) => Some(limit),
+        };
+        self.block(py, limit.and_then(|limit| Instant::now().checked_add(limit)))
+    }
+
+    /// Lets a task wait with this future. False if there is something to do already.
+    fn wait_with(&self, event_loop: &Bound<'_, PyAny>, future: Py<PyAny>) -> PyResult<bool> {
+        let (py, coalescer) = (event_loop.py(), self.coalescer.get());
+        let nested = match self.stream.under_way() {
+            Some(target) => {
+                let inside = Inside::of_task(py)?;
+                coalescer.begin_nested(&inside, &[], &target, self.key.bind(py), true)?
+            }
+            None => None,
+        };
+        coalescer.note(event_loop);
+        let task = TaskWaiter { event_loop: event_loop.clone().unbind(), future };
+        let waits = self.reader.await_more(event_loop.as_ptr().addr(), task);
+        if let Some(nested) = nested.filter(|_| waits) {
+            self.nested.put(nested);
+        }
+        Ok(waits)
+    }
+
+    /// Pulls the next item for all readers.
+    fn pull(&self, r#fn: &Bound<'_, PyAny>) -> PyResult<()> {
+        // A reader that has left in the meantime has given it back.
+        if self.begins() || self.takes_duty() { self.pull_next(r#fn) } else { Ok(()) }
+    }
+
+    /// Leaves the stream; the last one to go closes it.
+    fn leave(&self, py: Python<'_>) -> PyResult<()> {
+        self.leave_now(py)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.show(&visit)
+    }
+}
+
+impl Drop for StreamReader {
+    fn drop(&mut self) {
+        let py = ffi::attached();
+        undisturbed(py, || {
+            if let Err(error) = self.leave_now(py) {
+                error.write_unraisable(py, None);
+            }
+        });
+    }
+}
+
+/// Where the items of a stream come from that a task or a thread pumps. Dropping it unfinished breaks the stream.
+#[pyclass(frozen, module = "llm_batch_coalesce._core")]
+pub(super) struct StreamSource {
+    coalescer: Py<Coalescer>,
+    stream: Arc<SharedStream>,
+}
+
+#[pymethods]
+impl StreamSource {
+    /// Marks the current context as that of this call.
+    fn enter(&self, py: Python<'_>) -> PyResult<()> {
+        self.stream.call().map_or(Ok(()), |call| Within::enter(py, [call]))
+    }
+
+    /// Tells which task pumps, and whose reader leads.
+    fn led_by(&self, task: &Bound<'_, PyAny>, caller: &Bound<'_, PyAny>) -> PyResult<()> {
+        let weakly = |task| PyWeakrefReference::new(task).map(|weak| weak.into_any().unbind());
+        self.stream.led_by(TaskCall { task: weakly(task)?, caller: weakly(caller)? });
+        Ok(())
+    }
+
+    /// Adds an item. False if nobody reads any more: close upstream.
+    fn append(&self, item: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.coalescer.get().note(item);
+        let goes_on = self.stream.append(item.clone().unbind(), false);
+        check_interrupt()?;
+        Ok(goes_on)
+    }
+
+    /// Leaves something that the last reader to go closes, to wake a pump that waits for upstream. False if the stream is
+    /// over, and it is the caller's own business.
+    fn close_with(&self, closer: Py<PyAny>) -> bool {
+        self.stream.upstream.put(closer);
+        // Whoever takes it out has it.
+        !(self.stream.log.is_over() && self.stream.upstream.take().is_some())
+    }
+
+    /// Ends the stream; `ttl_seconds` is for this one outcome.
+    #[pyo3(signature = (ttl_seconds = None))]
+    fn finish(
+        &self,
+        #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
+    ) -> PyResult<()> {
+        let ttl = ttl_seconds.or(self.stream.ttl).unwrap_or(self.coalescer.get().ttl());
+        self.stream.finish(ttl);
+        self.forget_closer()
+    }
+
+    /// Ends the stream with an error, shared if it is one to share; the original is for the reader that leads. False if
+    /// nobody has it.
+    #[pyo3(signature = (error, ttl_seconds = None))]
+    fn fail(
+        &self,
+        error: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
+    ) -> PyResult<bool> {
+        let has_it = self.stream.keep_for_leader(error);
+        let shared = end_with(self.coalescer.get(), &self.stream, error, ttl_seconds)?;
+        self.forget_closer()?;
+        Ok(has_it || shared)
+    }
+
+    /// Ends the stream with an error that concerns the reader that leads only.
+    fn break_off(&self, error: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.stream.keep_for_leader(error);
+        break_off(error.py(), &self.stream, error)?;
+        self.forget_closer()
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.coalescer)
+    }
+}
+
+impl StreamSource {
+    /// A stream that has ended by itself keeps nothing of its upstream.
+    fn forget_closer(&self) -> PyResult<()> {
+        drop(self.stream.upstream.take());
+        check_interrupt()
+    }
+}
+
+impl Drop for StreamSource {
+    fn drop(&mut self) {
+        let py = ffi::attached();
+        undisturbed(py, || self.stream.break_off(None, false));
+    }
+}
