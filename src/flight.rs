@@ -480,8 +480,9 @@ impl<F: Family> Flight<F> {
         let able = |waiter: &Arc<Waiter<F>>| idle(waiter) && !is_blocked(waiter.loop_id);
         let first = open.waiters.iter().position(able).or_else(|| open.waiters.iter().position(idle));
         let Some(next) = first.and_then(|first| open.waiters.remove(first)) else {
-            // Those who are busy ask again when they come.
+            // Those who are busy ask again when they come; tasks find their futures done.
             open.waiters.iter().for_each(|waiter| waiter.set_fate(Fate::Withdrawn));
+            handed.wake.tasks.extend(open.waiters.iter().filter(|waiter| waiter.task().is_some()).cloned());
             handed.to = NextLead::Nobody { owned: open.owned };
             handed.rest = slot.take();
             self.set_state(State::Ended);

@@ -57,6 +57,11 @@ impl<F: Family> Lead<F> {
         self.map.is_current() && self.flight.is_owned(self.epoch)
     }
 
+    /// Gives up a claim that led to no call: its caller was refused, and is no request.
+    pub fn refuse(self) {
+        self.map.shard(self.flight.hash()).counters.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Counts its caller as served by a store, and not by a call.
     pub fn count_store_hit(&self) {
         self.map.shard(self.flight.hash()).counters.store_hits.fetch_add(1, Ordering::Relaxed);

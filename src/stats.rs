@@ -58,6 +58,8 @@ pub(crate) struct Counters {
     pub(crate) timeouts: AtomicU64,
     pub(crate) cancelled: AtomicU64,
     pub(crate) errors: AtomicU64,
+    /// Flights that were given up before their call, since their caller was refused.
+    pub(crate) refused: AtomicU64,
     /// Leads whose outcome came from a store.
     pub(crate) store_hits: AtomicU64,
     pub(crate) store_errors: AtomicU64,
@@ -136,11 +138,11 @@ impl Counters {
         // Relaxed: exact while nobody calls, and then everything is ordered. What must not be the larger is read first.
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let (released, ended) = (read(&self.released), read(&self.ended));
-        let store_hits = read(&self.store_hits);
+        let (store_hits, refused) = (read(&self.store_hits), read(&self.refused));
         let retained = read(&self.retained);
         let (claimed, primed) = (read(&self.claimed), read(&self.primed));
         let taken_over = read(&self.taken_over);
-        stats.calls += (claimed + taken_over).saturating_sub(store_hits);
+        stats.calls += (claimed + taken_over).saturating_sub(store_hits + refused);
         stats.hits += store_hits;
         stats.store_hits += store_hits;
         stats.store_errors += read(&self.store_errors);

@@ -371,11 +371,13 @@ class AsyncBatchCoalescer(Face):
             led = {key: ticket.token(self) for key, ticket in tickets.items() if ticket.leads}
             if led:
                 await lead_many(self, led, fn, values, errors)
-            until = None if timeout is None else asyncio.get_running_loop().time() + timeout
+            until: float | None = None
             for key, ticket in tickets.items():
                 if key in led:
                     continue
                 one = single_async(fn, key)
+                if until is None and ticket.limit is not None:
+                    until = asyncio.get_running_loop().time() + ticket.limit
                 try:
                     ticket.begin_waiting(self)
                     values[key] = await self._follow(ticket, key, one, timeout, ttl_seconds, until=until)
@@ -486,14 +488,12 @@ class AsyncBatchCoalescer(Face):
                     # Its end, and with it that of a pump which never began, must not depend on this reader.
                     del source, task
                 while True:
-                    do = reader.take()
+                    do = reader.take(loop)
                     if type(do) is list:
                         for item in do:
                             yield item
-                    elif do == "wait":
-                        future = loop.create_future()
-                        if reader.wait_with(loop, future):
-                            await future
+                    elif type(do) is not str:
+                        await do
                     elif do == "pull":
                         # Threads lead it, and none of them goes on.
                         await asyncio.to_thread(reader.pull, fn)

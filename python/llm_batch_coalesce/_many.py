@@ -104,49 +104,55 @@ async def lead_many(
     errors: dict[Hashable, BaseException],
 ) -> None:
     """Run a call for many keys in a task of its own, and wait for it. Raises what the call raises."""
-    loop = asyncio.get_running_loop()
-    task = start(_call_many(coalescer, led, fn, values, errors), loop)
+    batch = _Batch(led)
+    task = start(_call_many(coalescer, batch, fn, values, errors), asyncio.get_running_loop())
     if not task.done():
-        shared = SharedTask(task, len(led))
-        caller = asyncio.current_task(loop) or task
-        for token in led.values():
-            token.led_by(shared, caller)
-        future = loop.create_future()
-
-        def done(task: CallTask) -> None:
-            for token in led.values():
-                token.task_done(task)
-            if not future.done():
-                future.set_result(None)
-
-        task.add_done_callback(done)
-        coalescer._hold(task)  # noqa: SLF001 - this is a part of it
-        try:
-            await future
-        except BaseException:
-            # The call may have ended in the very moment; what is no Exception must not be lost.
-            if isinstance(error_of(task), Exception | None):
-                raise
+        await _wait_for(coalescer, batch, task, list(led.values()))
     error = task.result()
     if error is not None:
         try:
             raise error
         finally:
             # The error's traceback holds this frame.
-            del error, task
+            del error, task, batch
+
+
+async def _wait_for(coalescer: "AsyncBatchCoalescer", batch: "_Batch", task: CallTask, tokens: list[Token]) -> None:
+    loop = asyncio.get_running_loop()
+    batch.task = task
+    for part, token in zip(batch.parts, tokens, strict=True):
+        token.led_by(part, asyncio.current_task(loop) or task)
+    future = loop.create_future()
+
+    def done(task: CallTask) -> None:
+        for token in tokens:
+            token.task_done(task)
+        # Until here the core, which knows its parts weakly, needs it.
+        batch.parts.clear()
+        if not future.done():
+            future.set_result(None)
+
+    task.add_done_callback(done)
+    coalescer._hold(task)  # noqa: SLF001 - this is a part of it
+    try:
+        await future
+    except BaseException:
+        # The call may have ended in the very moment; what is no Exception must not be lost.
+        if isinstance(error_of(task), Exception | None):
+            raise
 
 
 async def _call_many(
     coalescer: "AsyncBatchCoalescer",
-    led: Mapping[Any, Token],
+    batch: "_Batch",
     fn: Callable[[list[Any]], Awaitable[Any]],
     values: dict[Hashable, Any],
     errors: dict[Hashable, BaseException],
 ) -> BaseException | None:
     """Run a call for many keys and end their flights. Returns the error that its own caller raises."""
-    left = dict(led)
+    left = batch.left
     try:
-        Token.enter_all(list(led.values()))
+        Token.enter_all(list(left.values()))
         await _serve_from_store(coalescer, left, values)
         if left:
             matched = match_values(list(left), await checked(fn(list(left))))
@@ -185,33 +191,44 @@ async def _serve_from_store(
             del left[key]
 
 
-class SharedTask:
-    """A task that computes several flights: cancelled when all of them are abandoned.
+class _Batch:
+    """A call for many keys, whose task is cancelled when all that is left of it is abandoned."""
 
-    The core takes it for the task of each flight.
-    """
+    __slots__ = ("abandoned", "left", "parts", "task")
 
-    __slots__ = ("__weakref__", "_flights", "_task")
+    def __init__(self, led: Mapping[Any, Token]) -> None:
+        self.left = dict(led)
+        self.abandoned: set[Any] = set()
+        self.parts = [Part(self, key) for key in led]
+        self.task: CallTask | None = None
 
-    def __init__(self, task: asyncio.Task[Any], flights: int) -> None:
-        self._task = task
-        self._flights = flights
-        # The core knows it weakly.
-        task.add_done_callback(self._done)
 
-    def _done(self, _: asyncio.Task[Any]) -> None:
-        self._flights = 0
+class Part:
+    """What the core takes for the task of one flight of a batch."""
+
+    __slots__ = ("__weakref__", "_batch", "_key")
+
+    def __init__(self, batch: _Batch, key: Hashable) -> None:
+        self._batch = batch
+        self._key = key
+
+    def _task(self) -> CallTask:
+        task = self._batch.task
+        if task is None:
+            raise RuntimeError("the task of a batch is asked for before it is there")
+        return task
 
     def cancel(self) -> None:
-        """Note that one more flight is abandoned; called on the task's loop."""
-        self._flights -= 1
-        if self._flights == 0:
-            self._task.cancel()
+        """Note that this flight is abandoned; called on the task's loop."""
+        batch = self._batch
+        batch.abandoned.add(self._key)
+        if batch.left.keys() <= batch.abandoned:
+            self._task().cancel()
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the task's loop."""
-        return self._task.get_loop()
+        return self._task().get_loop()
 
     def get_name(self) -> str:
         """Return the task's name."""
-        return self._task.get_name()
+        return self._task().get_name()

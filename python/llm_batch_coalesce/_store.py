@@ -166,6 +166,8 @@ def _takes_default(get: Callable[..., Any], *, is_mapping: bool) -> str:
         if parameter.name == "default":
             by_position = number == 1 and parameter.kind is not parameter.KEYWORD_ONLY
             return "position" if by_position else "keyword"
+        if is_mapping and parameter.kind is parameter.VAR_POSITIONAL:
+            return "position"
     return "none"
 
 

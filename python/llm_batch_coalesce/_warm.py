@@ -79,6 +79,12 @@ async def in_tasks(
         for key, fn in todo:
             try:
                 await coalescer.get_or_call(key, fn, ttl_seconds=ttl_seconds)
+            except asyncio.CancelledError as error:
+                worker = asyncio.current_task()
+                if worker is None or worker.cancelling():
+                    raise
+                # It was the key that was cancelled.
+                failed[key] = concurrent.futures.CancelledError(*error.args)
             except Exception as error:  # noqa: BLE001 - as above
                 failed[key] = error
             done += 1

@@ -372,11 +372,11 @@ impl Coalescer {
         options::callable("fn", r#fn)?;
         let event_loop = running_loop(py)?;
         let loop_id = event_loop.as_ptr().addr();
-        let joined = |_: usize, map: &Arc<Map<Python3>>, flight: &Arc<Flight<Python3>>| {
+        let join = |map: &Arc<Map<Python3>>, flight: &Arc<Flight<Python3>>| {
             Ticket::joining(this, map, flight, &event_loop, None, request, true)
         };
         let keys: Vec<_> = keys.iter().collect();
-        let admitted = many::admit(this, &keys, loop_id, Inside::of_task, request, joined)?;
+        let admitted = many::admit(this, &keys, loop_id, Inside::of_task, request, join, Ticket::refuse)?;
         let ticket = |ticket| Ok((Some(Bound::new(py, ticket)?), None, None));
         admitted
             .into_iter()

@@ -8,10 +8,11 @@ use pyo3::exceptions::PyException;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyList;
+use pyo3::types::{PyList, PyString};
 
 use super::ffi;
 use super::hooks::Hooks;
+use super::signal::{self, Signal};
 use crate::family::Family;
 use crate::waiter::Waiter;
 
@@ -180,9 +181,15 @@ pub(super) fn running_loop(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) {
     let here = running_loop(py).ok();
     let mut elsewhere: Vec<(&Py<PyAny>, Vec<&Py<PyAny>>)> = Vec::new();
+    let mut signals = Vec::new();
     for task in waiters.iter().filter_map(|waiter| waiter.task()) {
         if here.as_ref().is_some_and(|here| here.is(&task.event_loop)) {
-            report(py, set_done(task.future.bind(py)));
+            let future = &task.future;
+            if future.bind(py).is_exact_instance_of::<Signal>() {
+                signals.push(future);
+            } else {
+                report(py, set_done(future.bind(py)));
+            }
             continue;
         }
         match elsewhere.iter_mut().find(|(event_loop, _)| event_loop.is(&task.event_loop)) {
@@ -190,20 +197,24 @@ fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) {
             None => elsewhere.push((&task.event_loop, vec![&task.future])),
         }
     }
+    if let Some(here) = here.filter(|_| !signals.is_empty()) {
+        // Not here and now: another task is running.
+        report(py, tell(intern!(py, "call_soon"), &here, &signals));
+    }
     for (event_loop, futures) in elsewhere {
-        report(py, wake_elsewhere(event_loop.bind(py), &futures));
+        report(py, tell(intern!(py, "call_soon_threadsafe"), event_loop.bind(py), &futures));
     }
 }
 
-fn wake_elsewhere(event_loop: &Bound<'_, PyAny>, futures: &[&Py<PyAny>]) -> PyResult<()> {
+/// Has a loop set these futures.
+fn tell(how: &Bound<'_, PyString>, event_loop: &Bound<'_, PyAny>, futures: &[&Py<PyAny>]) -> PyResult<()> {
     static SET_ALL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = event_loop.py();
     let set_all = SET_ALL
         .get_or_try_init(py, || Ok::<_, PyErr>(wrap_pyfunction!(set_all_done, py)?.into_any().unbind()))?
         .bind(py);
     let futures = PyList::new(py, futures)?;
-    let tell =
-        || ffi::call_method(intern!(py, "call_soon_threadsafe"), [event_loop, set_all, &futures]).map(drop);
+    let tell = || ffi::call_method(how, [event_loop, set_all, &futures]).map(drop);
     match tell() {
         // The loop is closed: its tasks will never run again.
         Err(_) if is_closed(event_loop)? => Ok(()),
@@ -220,18 +231,20 @@ fn is_closed(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
 /// A future says "done" only; the outcome is read from the flight.
 fn set_done(future: &Bound<'_, PyAny>) -> PyResult<()> {
     let py = future.py();
-    // It is when its caller was cancelled a moment ago.
-    if !ffi::call_method(intern!(py, "done"), [future])?.is_truthy()? {
-        ffi::call_method(intern!(py, "set_result"), [future, py.None().bind(py)])?;
+    let is_done = || ffi::call_method(intern!(py, "done"), [future]).and_then(|done| done.is_truthy());
+    match ffi::call_method(intern!(py, "set_result"), [future, py.None().bind(py)]) {
+        // It was done before if its caller was cancelled a moment ago.
+        Err(error) if error.is_instance_of::<PyException>(py) && is_done()? => Ok(()),
+        set => set.map(drop),
     }
-    Ok(())
 }
 
 /// Called on the loop that the futures belong to.
 #[pyfunction]
 fn set_all_done(futures: &Bound<'_, PyList>) -> PyResult<()> {
     for future in futures.iter() {
-        report(futures.py(), set_done(&future));
+        let set = signal::fire(&future).and_then(|fired| if fired { Ok(()) } else { set_done(&future) });
+        report(futures.py(), set);
     }
     check_interrupt()
 }

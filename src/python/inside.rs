@@ -87,6 +87,11 @@ impl Inside {
         Ok(Self(calls))
     }
 
+    /// Whether the caller is part of no call.
+    pub(super) fn is_outside(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether the caller is part of the call that computes this flight.
     pub(super) fn includes<F: Family>(&self, flight: &Arc<Flight<F>>) -> bool {
         let wanted = Arc::as_ptr(flight).addr();

@@ -37,39 +37,59 @@ pub(super) fn admit<'py, J>(
     loop_id: LoopId,
     inside: impl Fn(Python<'py>) -> PyResult<Inside>,
     request: Request,
-    join: impl Fn(usize, &Arc<Map<Python3>>, &Arc<Flight<Python3>>) -> PyResult<Option<J>>,
+    join: impl Fn(&Arc<Map<Python3>>, &Arc<Flight<Python3>>) -> PyResult<Option<J>>,
+    refuse: impl Fn(&J),
 ) -> PyResult<Vec<Admitted<'py, J>>> {
     let mut admitted = Vec::with_capacity(keys.len());
-    for (place, key) in keys.iter().enumerate() {
-        let hash = key::hash(key)?;
-        let found = loop {
-            let map = coalescer.map();
-            match find(map, hash, key)? {
-                Found::Hit(answer) => break Admitted::Known(answer.shared.into_result()),
-                Found::Nothing => {
-                    if let Some(lead) = coalescer.claim(map, hash, key, loop_id)? {
-                        break Admitted::Leads(lead);
-                    }
-                }
-                Found::Pending(flight) => {
-                    // A flight of its own, too, if `__eq__` has changed its mind.
-                    if inside(key.py())?.includes(&flight) {
-                        return Err(coalescer.recursive_error(key)?);
-                    }
-                    if request.patience == Patience::None {
-                        map.count_timeout(hash);
-                        let zero = 0_u8.into_pyobject(key.py())?;
-                        break Admitted::Known(Err(timeout_error(map, key, zero.as_any())?));
-                    }
-                    if let Some(joined) = join(place, map, &flight)? {
-                        break Admitted::Joined(joined);
-                    }
+    let refused = keys.iter().find_map(|key| {
+        let found = admit_one(coalescer, key, loop_id, &inside, request, &join);
+        found.map(|found| admitted.push(found)).err()
+    });
+    let Some(error) = refused else { return Ok(admitted) };
+    // What is refused is no request.
+    for admitted in admitted {
+        match admitted {
+            Admitted::Known(_) => {}
+            Admitted::Leads(lead) => lead.refuse(),
+            Admitted::Joined(joined) => refuse(&joined),
+        }
+    }
+    Err(error)
+}
+
+fn admit_one<'py, J>(
+    coalescer: &Coalescer,
+    key: &Bound<'py, PyAny>,
+    loop_id: LoopId,
+    inside: impl Fn(Python<'py>) -> PyResult<Inside>,
+    request: Request,
+    join: impl Fn(&Arc<Map<Python3>>, &Arc<Flight<Python3>>) -> PyResult<Option<J>>,
+) -> PyResult<Admitted<'py, J>> {
+    let hash = key::hash(key)?;
+    loop {
+        let map = coalescer.map();
+        match find(map, hash, key)? {
+            Found::Hit(answer) => return Ok(Admitted::Known(answer.shared.into_result())),
+            Found::Nothing => {
+                if let Some(lead) = coalescer.claim(map, hash, key, loop_id)? {
+                    return Ok(Admitted::Leads(lead));
                 }
             }
-        };
-        admitted.push(found);
+            Found::Pending(flight) => {
+                if inside(key.py())?.includes(&flight) {
+                    return Err(coalescer.recursive_error(key)?);
+                }
+                if request.patience == Patience::None {
+                    map.count_timeout(hash);
+                    let zero = 0_u8.into_pyobject(key.py())?;
+                    return Ok(Admitted::Known(Err(timeout_error(map, key, zero.as_any())?)));
+                }
+                if let Some(joined) = join(map, &flight)? {
+                    return Ok(Admitted::Joined(joined));
+                }
+            }
+        }
     }
-    Ok(admitted)
 }
 
 /// Serves a thread that wants many keys.
@@ -84,10 +104,10 @@ pub(super) fn get_or_call_many<'py>(
     let request = Request::new(timeout, ttl_seconds, false)?;
     options::callable("fn", r#fn)?;
     let wanted = distinct(keys)?;
-    let joined = |_: usize, map: &Arc<Map<Python3>>, flight: &Arc<Flight<Python3>>| {
+    let join = |map: &Arc<Map<Python3>>, flight: &Arc<Flight<Python3>>| {
         Ok(map.join_busy(flight, NO_LOOP, Wakeup::this_thread()))
     };
-    let admitted = admit(this, &wanted, NO_LOOP, Inside::of_thread, request, joined)?;
+    let admitted = admit(this, &wanted, NO_LOOP, Inside::of_thread, request, join, Place::ask_again)?;
     let mut answers: Vec<Option<PyResult<Bound<'py, PyAny>>>> = Vec::new();
     let (mut leads, mut places) = (Vec::new(), Vec::new());
     for (index, admitted) in admitted.into_iter().enumerate() {

@@ -11,6 +11,7 @@ mod many;
 mod options;
 mod reader;
 mod retain;
+mod signal;
 mod slot;
 mod streams;
 mod task;
@@ -86,6 +87,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<thread::ThreadCoalescer>()?;
     module.add_class::<retain::Retain>()?;
     module.add_class::<thread_stream::ThreadStream>()?;
+    module.add_class::<signal::Signal>()?;
     module.add_class::<reader::StreamReader>()?;
     module.add_class::<reader::StreamSource>()?;
     module.add_class::<task::Ticket>()?;

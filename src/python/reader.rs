@@ -1,7 +1,7 @@
 //! The two ends of a shared stream, as Python holds them.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyRuntimeError, PyStopIteration};
@@ -15,6 +15,7 @@ use super::family::{Shared, TaskCall, TaskWaiter, check_interrupt, running_loop,
 use super::hooks::Hooks;
 use super::inside::{Inside, Led, Within};
 use super::options::{self, Patience, Ttl};
+use super::signal::Signal;
 use super::slot::Slot;
 use super::streams::{self, Asked, SharedStream, Streams};
 use super::thread::wait;
@@ -38,6 +39,8 @@ pub(super) struct StreamReader {
     /// Whether its request is counted, or is counted when it asks again.
     counted: AtomicBool,
     nested: Slot<Nested>,
+    /// What its task waits with, each time anew.
+    signal: OnceLock<Py<Signal>>,
 }
 
 impl StreamReader {
@@ -58,6 +61,7 @@ impl StreamReader {
             duty: AtomicBool::new(false),
             counted: AtomicBool::new(opened.counted),
             nested: Slot::new(None),
+            signal: OnceLock::new(),
         })
     }
 
@@ -103,14 +107,28 @@ impl StreamReader {
         })
     }
 
+    /// A future for the next wait of the task that reads.
+    fn signal<'py>(&self, event_loop: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = event_loop.py();
+        if let Some(signal) = self.signal.get() {
+            signal.get().rearm();
+            return Ok(signal.bind(py).clone().into_any());
+        }
+        let signal = Bound::new(py, Signal::new(event_loop))?;
+        let _ = self.signal.set(signal.clone().unbind());
+        Ok(signal.into_any())
+    }
+
     /// Shows what it holds, for the garbage collector.
     pub(super) fn show(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.coalescer)?;
-        visit.call(&self.key)
+        visit.call(&self.key)?;
+        visit.call(self.signal.get())
     }
 
     fn count(&self, counter: fn(&Map<Streams>, u64)) -> PyResult<()> {
-        if !self.counted.swap(true, Ordering::Relaxed) {
+        // Most have been counted with their first item.
+        if !self.counted.load(Ordering::Relaxed) && !self.counted.swap(true, Ordering::Relaxed) {
             let key = self.key.bind(ffi::attached());
             counter(self.coalescer.get().streams(), key::hash(key)?);
         }
@@ -187,7 +205,9 @@ impl StreamReader {
         } else {
             let begun = ffi::call(Hooks::get(py)?.iterate.bind(py), [r#fn])?;
             let (upstream, iterated): (Bound<'_, PyAny>, Bound<'_, PyAny>) = begun.extract()?;
+            self.coalescer.get().note(&upstream);
             if !iterated.is(&upstream) {
+                self.coalescer.get().note(&iterated);
                 self.stream.iterated.put(iterated.unbind());
             }
             upstream
@@ -280,16 +300,33 @@ impl StreamReader {
         Ok(StreamSource { coalescer: self.coalescer.clone_ref(py), stream: Arc::clone(&self.stream) })
     }
 
-    /// The next items; or, as a word, what there is to do instead.
-    fn take<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let word = match self.turn(py)? {
-            Turn::Items(items) => return Ok(PyList::new(py, items)?.into_any()),
-            Turn::Wait => intern!(py, "wait"),
-            Turn::Pull => intern!(py, "pull"),
-            Turn::StartOver => intern!(py, "again"),
-            Turn::Finished | Turn::Failed(_) | Turn::Broken(_) | Turn::Lagged(_) => intern!(py, "end"),
-        };
-        Ok(word.clone().into_any())
+    /// The next items; or, as a word, what there is to do instead. A task gets a future in the place of "wait", which is
+    /// done when it is to come again.
+    #[pyo3(signature = (event_loop = None, /))]
+    fn take<'py>(
+        &self,
+        py: Python<'py>,
+        event_loop: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        loop {
+            let word = match self.turn(py)? {
+                Turn::Items(items) => return Ok(PyList::new(py, items)?.into_any()),
+                Turn::Wait => {
+                    if let Some(event_loop) = event_loop {
+                        let signal = self.signal(event_loop)?;
+                        if self.wait_with(event_loop, signal.clone().unbind())? {
+                            return Ok(signal);
+                        }
+                        continue;
+                    }
+                    intern!(py, "wait")
+                }
+                Turn::Pull => intern!(py, "pull"),
+                Turn::StartOver => intern!(py, "again"),
+                Turn::Finished | Turn::Failed(_) | Turn::Broken(_) | Turn::Lagged(_) => intern!(py, "end"),
+            };
+            return Ok(word.clone().into_any());
+        }
     }
 
     /// Blocks this thread until there is something to do. False when `timeout` seconds have passed before.
@@ -306,12 +343,14 @@ impl StreamReader {
     /// Lets a task wait with this future. False if there is something to do already.
     fn wait_with(&self, event_loop: &Bound<'_, PyAny>, future: Py<PyAny>) -> PyResult<bool> {
         let (py, coalescer) = (event_loop.py(), self.coalescer.get());
-        let nested = match self.stream.under_way() {
-            Some(target) => {
-                let inside = Inside::of_task(py)?;
-                coalescer.begin_nested(&inside, &[], &target, self.key.bind(py), true)?
-            }
-            None => None,
+        let inside = Inside::of_task(py)?;
+        let nested = if inside.is_outside() {
+            None
+        } else {
+            let target = self.stream.under_way();
+            target.map_or(Ok(None), |target| {
+                coalescer.begin_nested(&inside, &[], &target, self.key.bind(py), true)
+            })?
         };
         coalescer.note(event_loop);
         let task = TaskWaiter { event_loop: event_loop.clone().unbind(), future };
@@ -381,6 +420,7 @@ impl StreamSource {
     /// Leaves something that the last reader to go closes, to wake a pump that waits for upstream. False if the stream is
     /// over, and it is the caller's own business.
     fn close_with(&self, closer: Py<PyAny>) -> bool {
+        self.coalescer.get().note(closer.bind(ffi::attached()));
         self.stream.upstream.put(closer);
         // Whoever takes it out has it.
         !(self.stream.log.is_over() && self.stream.upstream.take().is_some())

@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefReference};
 
@@ -14,6 +13,7 @@ use super::family::{Python3, TaskCall, TaskWaiter, check_interrupt};
 use super::ffi;
 use super::inside::{Call, Inside, Within};
 use super::options::{Patience, Ttl};
+use super::signal::Signal;
 use super::slot::Slot;
 use crate::circle::{Nested, Target};
 use crate::flight::Flight;
@@ -62,7 +62,7 @@ impl Ticket {
         request: Request,
         busy: bool,
     ) -> PyResult<Option<Self>> {
-        let future = ffi::call_method(intern!(event_loop.py(), "create_future"), [event_loop])?;
+        let future = Bound::new(event_loop.py(), Signal::new(event_loop))?.into_any();
         let task = TaskWaiter { event_loop: event_loop.clone().unbind(), future: future.clone().unbind() };
         let loop_id = event_loop.as_ptr().addr();
         let join = if busy { Map::join_busy } else { Map::join };
@@ -76,6 +76,13 @@ impl Ticket {
             request,
             stored: Arc::default(),
         }))
+    }
+
+    /// Its caller was refused, and is no request.
+    pub(super) fn refuse(&self) {
+        if let Some(place) = self.place.take() {
+            place.ask_again();
+        }
     }
 
     fn take_place(&self) -> PyResult<Place<Python3>> {
@@ -179,7 +186,8 @@ impl Ticket {
         let py = coalescer.py();
         let (inside, endless) = (Inside::of_task(py)?, self.request.patience == Patience::Endless);
         let (key, target) = (flight.key().bind(py), Arc::clone(&flight) as Arc<dyn Target>);
-        if let Some(nested) = coalescer.get().begin_nested(&inside, &[], &target, key, endless)? {
+        let nested = coalescer.get().begin_nested(&inside, &[], &target, key, endless);
+        if let Some(nested) = nested.inspect_err(|_| self.refuse())? {
             self.nested.put(nested);
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! The iterator over a shared stream for threads. An item enters no Python frame of this package.
 
-use std::mem::{replace, take};
+use std::mem::replace;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::vec::IntoIter;
 
@@ -177,6 +177,8 @@ impl ThreadStream {
     }
 
     fn __clear__(&self) {
-        drop(take(&mut *self.lock()));
+        // Leaving the stream may run code that comes here.
+        let state = replace(&mut *self.lock(), State::Over);
+        drop(state);
     }
 }
