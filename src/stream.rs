@@ -5,7 +5,7 @@
 //! 2. As long as the stream can be joined, the log holds every item. Once it has grown beyond its bound, nobody can join
 //!    any more, and an item leaves when all readers have passed it, or when there are too many behind it.
 //! 3. A stream ends once. What was appended by then is read first.
-//! 4. The last reader to leave ends a stream that is under way, unless it is to finish without readers.
+//! 4. The last reader to leave ends a stream that is under way, unless it is to finish without readers, for later ones.
 //! 5. A waiter is on the list exactly as long as its fate is `Waiting`.
 
 use std::collections::VecDeque;
@@ -36,7 +36,7 @@ pub enum Turn<R> {
     Items(Vec<R>),
     /// Wait.
     Wait,
-    /// Pull the next item for all: [`Stream::append`] or [`Stream::end`] is this reader's duty now.
+    /// Pull the next item for all: [`Stream::append`], [`Stream::end`] or [`Stream::release`] is this reader's duty now.
     Pull,
     Finished,
     Failed(R),
@@ -111,10 +111,16 @@ impl<F: Family> Log<F> {
         gone
     }
 
+    /// Whether nobody reads it, nor ever will.
+    fn is_out_of_reach(&self) -> bool {
+        self.readers == 0 && !self.open
+    }
+
     /// Takes a waiter off the list, whose caller holds it, too.
     fn strike(&mut self, waiter: Option<&Arc<Waiter<F>>>) {
-        let on_list = |other: &Arc<Waiter<F>>| waiter.is_some_and(|waiter| Arc::ptr_eq(other, waiter));
-        if let Some(place) = self.waiting.iter().position(on_list) {
+        // Rule 5: no need to look for one that was woken.
+        let Some(waiter) = waiter.filter(|waiter| waiter.fate() == Fate::Waiting) else { return };
+        if let Some(place) = self.waiting.iter().position(|other| Arc::ptr_eq(other, waiter)) {
             self.waiting.swap_remove(place);
         }
     }
@@ -181,6 +187,9 @@ impl<F: Family> Stream<F> {
     /// stream is over.
     pub fn append(&self, item: F::Outcome, release: bool) -> Result<Appended, F::Outcome> {
         let mut log = self.log.lock();
+        if log.end.is_none() && log.is_out_of_reach() {
+            log.end = Some(End::Broken(None));
+        }
         if log.end.is_some() {
             return Err(item);
         }
@@ -219,9 +228,11 @@ impl<F: Family> Stream<F> {
             log.open = false;
         }
         log.end = Some(end);
+        let gone = log.trim(self.most);
         let wake = log.wake_all();
         drop(log);
         wake.now();
+        drop(gone);
         true
     }
 
@@ -271,6 +282,9 @@ impl<F: Family> Reader<F> {
         let mut log = stream.log.lock();
         // Relaxed, here and below: the mutex orders it.
         let cursor = self.cursor.load(Ordering::Relaxed);
+        if self.left.load(Ordering::Relaxed) {
+            return Turn::Broken(None);
+        }
         let Some(place) = log.place(cursor) else {
             return Turn::Lagged(log.first - cursor);
         };
@@ -308,6 +322,9 @@ impl<F: Family> Reader<F> {
     pub fn await_more(&self, loop_id: LoopId, task: F::Task) -> bool {
         let waiter = Waiter::new(loop_id, Wakeup::Task(task));
         let before = self.task.lock().replace(Arc::clone(&waiter));
+        if before.as_ref().is_some_and(|before| before.fate() == Fate::Waiting) {
+            self.stream.log.lock().strike(before.as_ref());
+        }
         drop(before);
         self.enlist(waiter)
     }
@@ -334,24 +351,27 @@ impl<F: Family> Reader<F> {
 
     /// Leaves the stream. True for the last one, if that ends the stream: then its source is to be closed.
     pub fn leave(&self) -> bool {
-        // Relaxed: only the one that sets it goes on.
-        if self.left.swap(true, Ordering::Relaxed) {
-            return false;
-        }
         let stream = &*self.stream;
         let task = self.task.lock().take();
         let mut log = stream.log.lock();
+        if self.left.swap(true, Ordering::Relaxed) {
+            return false;
+        }
         log.strike(task.as_ref());
         log.readers -= 1;
         let cursor = self.cursor.load(Ordering::Relaxed);
         log.move_cursor(cursor, None);
-        let gone = log.trim(stream.most);
-        let last = log.readers == 0 && log.end.is_none() && !stream.finishes;
+        let unwanted = log.readers == 0 && !stream.finishes || log.is_out_of_reach();
+        let last = unwanted && log.end.is_none();
         if last {
             log.end = Some(End::Broken(None));
             log.open = false;
         }
+        let gone = log.trim(stream.most);
+        // Of the last one there can be a thread that waits while another leaves for it.
+        let wake = if last { log.wake_all() } else { Wake::nobody() };
         drop(log);
+        wake.now();
         drop((gone, task));
         last
     }

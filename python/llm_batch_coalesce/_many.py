@@ -127,8 +127,9 @@ async def _wait_for(coalescer: "AsyncBatchCoalescer", batch: "_Batch", task: Cal
     def done(task: CallTask) -> None:
         for token in tokens:
             token.task_done(task)
-        # Until here the core, which knows its parts weakly, needs it.
+        # Until here the core, which knows its parts weakly, needs it. The task has the error, whose traceback has the batch.
         batch.parts.clear()
+        batch.task = None
         if not future.done():
             future.set_result(None)
 

@@ -3,14 +3,14 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pyo3::exceptions::{PyException, PyRuntimeError};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
 use super::answer::{Answer, Request, find, find_value};
-use super::family::{Outcome, Python3, Shared, TaskCall, check_interrupt, running_loop};
+use super::errors::timeout_error;
+use super::family::{Outcome, Python3, Shared, check_interrupt, running_loop};
 use super::hooks::Hooks;
 use super::inside::Inside;
 use super::many::{self, Admitted};
@@ -19,11 +19,10 @@ use super::reader::StreamReader;
 use super::retain::Retain;
 use super::streams::{Asked, Streams};
 use super::task::Ticket;
-use super::{ffi, key};
+use super::{ffi, held, key, overview};
 use crate::circle::{Nested, Target};
 use crate::clock::FOREVER;
-use crate::family::Family;
-use crate::flight::{Flight, View};
+use crate::flight::Flight;
 use crate::lead::Lead;
 use crate::map::{Found, Map, Settings};
 use crate::stats::Stats;
@@ -269,7 +268,12 @@ impl Coalescer {
 
     /// Counts and logs a store that has failed.
     #[pyo3(name = "_store_failed")]
-    fn store_failed(&self, key: &Bound<'_, PyAny>, verb: &str, error: &Bound<'_, PyAny>) -> PyResult<()> {
+    pub(super) fn store_failed(
+        &self,
+        key: &Bound<'_, PyAny>,
+        verb: &str,
+        error: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
         let py = key.py();
         self.map().count_store_error(key::hash(key)?);
         let (verb, name) = (PyString::new(py, verb).into_any(), self.name().into_pyobject(py)?);
@@ -279,26 +283,7 @@ impl Coalescer {
     /// Of each flight: key, age in seconds, number of waiters, who leads: number of the thread, and weakly the
     /// caller's task and the call's (none of these while the lead is being handed over), and whether it is a stream.
     fn _flights<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
-        let show = |view: Viewed<'_>| {
-            let call = view.call.as_ref();
-            let (caller, task) = (call.map(|call| call.caller.bind(py)), call.map(|call| call.task.bind(py)));
-            let age = std::time::Duration::from_nanos(view.age).as_secs_f64();
-            (view.key, age, view.waiters, view.thread, caller, task, view.is_stream).into_pyobject(py)
-        };
-        let calls = self.map().flights();
-        let calls = calls.iter().map(|view| Viewed {
-            call: view.call.as_ref().map(Python3::share_call),
-            waiters: view.waiters,
-            thread: (!view.offered).then_some(view.led_by.thread),
-            ..Viewed::of(view, false)
-        });
-        let streams = self.streams_begun().map(|streams| streams.flights()).unwrap_or_default();
-        let streams = streams.iter().map(|view| Viewed {
-            call: view.call.as_ref().and_then(|stream| stream.leader()),
-            waiters: view.call.as_ref().map_or(0, |stream| stream.log.readers().saturating_sub(1)),
-            ..Viewed::of(view, true)
-        });
-        calls.chain(streams).map(show).collect()
+        overview::flights(py, self.map(), self.streams_begun())
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
@@ -448,28 +433,8 @@ impl Coalescer {
             // What the map holds is the origin's.
             return visit.call(&made.origin);
         }
-        let mut result = Ok(());
-        let map = made.map.newest();
-        map.for_each_task(|task| {
-            if result.is_ok() {
-                result = visit.call(&task.event_loop).and_then(|()| visit.call(&task.future));
-            }
-        });
-        if made.may_refer.load(Ordering::Relaxed) {
-            map.for_each(|flight| {
-                if result.is_ok() {
-                    result = visit_flight(flight, &visit);
-                }
-            });
-            if let Some(streams) = made.streams.get() {
-                streams.newest().for_each(|flight| {
-                    if result.is_ok() {
-                        result = visit_stream(flight, &visit);
-                    }
-                });
-            }
-        }
-        result
+        let streams = made.streams.get().map(Map::newest);
+        held::show(made.map.newest(), streams, made.may_refer.load(Ordering::Relaxed), &visit)
     }
 
     fn __clear__(&self) {
@@ -486,57 +451,6 @@ impl Coalescer {
 type Admission<'py> =
     (Option<Bound<'py, Ticket>>, Option<Bound<'py, PyAny>>, Option<Py<pyo3::exceptions::PyBaseException>>);
 
-/// A flight under way, whatever its family.
-struct Viewed<'a> {
-    key: &'a Py<PyAny>,
-    age: u64,
-    waiters: usize,
-    thread: Option<u64>,
-    call: Option<TaskCall>,
-    is_stream: bool,
-}
-
-impl<'a> Viewed<'a> {
-    fn of<F: Family<Key = Py<PyAny>>>(view: &'a View<F>, is_stream: bool) -> Self {
-        let thread = Some(view.led_by.thread);
-        Self { key: view.flight.key(), age: view.age, waiters: 0, thread, call: None, is_stream }
-    }
-}
-
-/// The key and the items of a stream, its upstream, and the tasks that wait for it. Whoever else holds a stream, a reader
-/// or its source, holds the coalescer, too: so what is reached through them is reached here.
-fn visit_stream(flight: &Flight<Streams>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-    visit.call(flight.key())?;
-    let Some(stream) = flight.retained_at_all().cloned().or_else(|| flight.call()) else { return Ok(()) };
-    let mut result = Ok(());
-    let mut look = |object: &Py<PyAny>| {
-        if result.is_ok() {
-            result = visit.call(object);
-        }
-    };
-    for slot in [&stream.upstream, &stream.iterated] {
-        slot.try_lock().iter().filter_map(|held| held.as_ref()).for_each(&mut look);
-    }
-    stream.log.for_each(|outcome| {
-        let (Outcome::Value(object) | Outcome::Error(object)) = outcome;
-        look(object);
-    });
-    stream.log.for_each_task(|task| {
-        look(&task.event_loop);
-        look(&task.future);
-    });
-    result
-}
-
-/// Keys and retained outcomes.
-fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-    visit.call(flight.key())?;
-    match flight.retained_at_all() {
-        Some(Outcome::Value(object) | Outcome::Error(object)) => visit.call(object),
-        None => Ok(()),
-    }
-}
-
 impl Coalescer {
     pub(super) fn make(&self, options: Options) -> PyResult<()> {
         self.set(Made::new(options))
@@ -545,6 +459,10 @@ impl Coalescer {
     fn set(&self, made: Made) -> PyResult<()> {
         let twice = || PyRuntimeError::new_err("a coalescer's __init__ is called once, before its first use");
         self.made.set(made).map_err(|_| twice())
+    }
+
+    pub(super) fn options(&self) -> &Options {
+        &self.made().options
     }
 
     /// A subclass that leaves out `__init__` has the default options.
@@ -582,58 +500,6 @@ impl Coalescer {
 
     pub(super) fn store<'a, 'py>(&'a self, py: Python<'py>) -> Option<&'a Bound<'py, PyAny>> {
         self.made().options.store.as_ref().map(|store| store.bind(py))
-    }
-
-    /// Asks the store for a key. One that fails has nothing.
-    pub(super) fn ask_store<'py>(
-        &self,
-        store: &Bound<'py, PyAny>,
-        key: &Bound<'py, PyAny>,
-    ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        match ffi::call_method(intern!(key.py(), "get"), [store, key]) {
-            Ok(value) => Ok(Some(value).filter(|value| !value.is(store))),
-            Err(error) => self.store_error(key, "get", error).map(|()| None),
-        }
-    }
-
-    /// Gives a value that is about to be retained to the store.
-    pub(super) fn tell_store(
-        &self,
-        store: &Bound<'_, PyAny>,
-        lead: &Lead<Python3>,
-        value: &Bound<'_, PyAny>,
-        ttl: Option<Ttl>,
-    ) -> PyResult<()> {
-        let py = value.py();
-        let seconds = self.retained_for(lead, value, ttl);
-        if seconds == 0.0 {
-            return Ok(());
-        }
-        let (value, _) = Retain::open(value.clone(), self.ttl());
-        let (key, seconds) = (lead.flight().key().bind(py), seconds.into_pyobject(py)?);
-        match ffi::call_method(intern!(py, "set"), [store, key, &value, &seconds]) {
-            Ok(_) => Ok(()),
-            Err(error) => self.store_error(key, "set", error),
-        }
-    }
-
-    /// What is no `Exception` goes on.
-    fn store_error(&self, key: &Bound<'_, PyAny>, verb: &str, error: PyErr) -> PyResult<()> {
-        if !error.is_instance_of::<PyException>(key.py()) {
-            return Err(error);
-        }
-        self.store_failed(key, verb, error.into_value(key.py()).bind(key.py()))
-    }
-
-    /// How long a call's result will be retained, in seconds; 0 for not at all.
-    pub(super) fn retained_for(
-        &self,
-        lead: &Lead<Python3>,
-        value: &Bound<'_, PyAny>,
-        ttl: Option<Ttl>,
-    ) -> f64 {
-        let (_, ttl) = Retain::open(value.clone(), ttl.unwrap_or(self.ttl()));
-        if lead.is_owned() { ttl.seconds } else { 0.0 }
     }
 
     pub(super) fn ttl(&self) -> Ttl {
@@ -742,6 +608,11 @@ impl Coalescer {
         Ok(value)
     }
 
+    /// Notes that an error is about to be held, for the garbage collector.
+    pub(super) fn note_error(&self) {
+        self.made().may_refer.store(true, Ordering::Relaxed);
+    }
+
     /// Notes an object that is about to be held, for the garbage collector. Before it is held, so that no collection
     /// can come in between.
     #[inline]
@@ -752,83 +623,4 @@ impl Coalescer {
             may_refer.store(true, Ordering::Relaxed);
         }
     }
-
-    /// Publishes how a call failed. The error itself is for the leader's own caller; false if that is gone and nobody
-    /// else has it.
-    pub(super) fn settle_error(
-        &self,
-        lead: Lead<Python3>,
-        error: &Bound<'_, PyAny>,
-        ttl: Option<Ttl>,
-    ) -> PyResult<bool> {
-        // If this raises, the lead is dropped and so handed over.
-        let delivered = match self.shared_error(error, ttl)? {
-            None => lead.abandon(true),
-            Some((template, ttl)) => {
-                lead.complete(Outcome::Error(template), ttl.nanos, true);
-                true
-            }
-        };
-        check_interrupt()?;
-        Ok(delivered)
-    }
-
-    /// How an error is shared: the template of its copies, and its TTL. `None` if it is not shared at all.
-    pub(super) fn shared_error(
-        &self,
-        error: &Bound<'_, PyAny>,
-        ttl: Option<Ttl>,
-    ) -> PyResult<Option<(Py<PyAny>, Ttl)>> {
-        let py = error.py();
-        let (none, nothing) = (py.None().into_bound(py), PyTuple::empty(py));
-        let private =
-            self.made().options.private_errors.as_ref().map_or(&nothing, |classes| classes.bind(py));
-        let decide = match &self.made().options.error_ttl {
-            ErrorTtl::Decided(decide) => decide.bind(py),
-            ErrorTtl::Same | ErrorTtl::Fixed(_) => &none,
-        };
-        let name = self.made().options.name.as_deref().into_pyobject(py)?;
-        let settled = ffi::call(Hooks::get(py)?.settle.bind(py), [error, private, decide, &name])?;
-        if settled.is_none() {
-            return Ok(None);
-        }
-        let (template, seconds): (Py<PyAny>, Option<Bound<'_, PyAny>>) = settled.extract()?;
-        let ttl = match (seconds, &self.made().options.error_ttl) {
-            (Some(seconds), _) => options::ttl("error_ttl_seconds", &seconds)?,
-            (None, ErrorTtl::Fixed(ttl)) => *ttl,
-            (None, ErrorTtl::Same | ErrorTtl::Decided(_)) => ttl.unwrap_or(self.made().options.ttl),
-        };
-        self.made().may_refer.store(true, Ordering::Relaxed);
-        Ok(Some((template, ttl)))
-    }
-
-    pub(super) fn recursive_error(&self, key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
-        let py = key.py();
-        let name = self.made().options.name.as_deref().into_pyobject(py)?;
-        Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.recursive_error.bind(py), [key, &name])?))
-    }
-
-    pub(super) fn deadlock_error(&self, key: &Bound<'_, PyAny>) -> PyResult<PyErr> {
-        let py = key.py();
-        let name = self.made().options.name.as_deref().into_pyobject(py)?;
-        Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.deadlock_error.bind(py), [key, &name])?))
-    }
-}
-
-pub(super) fn timeout_error(
-    map: &Map<Python3>,
-    key: &Bound<'_, PyAny>,
-    timeout: &Bound<'_, PyAny>,
-) -> PyResult<PyErr> {
-    let py = key.py();
-    let name = map.settings().name.as_deref().into_pyobject(py)?;
-    Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.timeout_error.bind(py), [key, &name, timeout])?))
-}
-
-/// The error of a waiter whose key was cancelled.
-pub(super) fn cancelled_error(map: &Map<Python3>, key: &Bound<'_, PyAny>, in_task: bool) -> PyResult<PyErr> {
-    let py = key.py();
-    let name = map.settings().name.as_deref().into_pyobject(py)?;
-    let in_task = in_task.into_pyobject(py)?;
-    Ok(PyErr::from_value(ffi::call(Hooks::get(py)?.cancelled_error.bind(py), [key, &name, &in_task])?))
 }

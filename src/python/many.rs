@@ -10,7 +10,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
 use super::answer::{Request, find};
-use super::coalescer::{Coalescer, timeout_error};
+use super::coalescer::Coalescer;
+use super::errors::timeout_error;
 use super::family::Python3;
 use super::hooks::Hooks;
 use super::inside::{Call, Inside, Led};

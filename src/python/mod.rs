@@ -2,17 +2,22 @@
 
 mod answer;
 mod coalescer;
+mod errors;
 mod family;
 mod ffi;
+mod held;
 mod hooks;
 mod inside;
 mod key;
 mod many;
 mod options;
+mod overview;
 mod reader;
 mod retain;
 mod signal;
 mod slot;
+mod source;
+mod store;
 mod streams;
 mod task;
 mod thread;
@@ -89,7 +94,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<thread_stream::ThreadStream>()?;
     module.add_class::<signal::Signal>()?;
     module.add_class::<reader::StreamReader>()?;
-    module.add_class::<reader::StreamSource>()?;
+    module.add_class::<source::StreamSource>()?;
     module.add_class::<task::Ticket>()?;
     module.add_class::<task::Token>()?;
     module.add_function(wrap_pyfunction!(hooks::_install, module)?)?;

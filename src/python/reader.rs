@@ -8,18 +8,19 @@ use pyo3::exceptions::{PyRuntimeError, PyStopIteration};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyWeakrefReference};
+use pyo3::types::PyList;
 
 use super::coalescer::Coalescer;
-use super::family::{Shared, TaskCall, TaskWaiter, check_interrupt, running_loop, undisturbed};
+use super::family::{Shared, TaskWaiter, check_interrupt, running_loop, undisturbed};
+use super::ffi;
 use super::hooks::Hooks;
-use super::inside::{Inside, Led, Within};
-use super::options::{self, Patience, Ttl};
+use super::inside::{Inside, Led};
+use super::options::{self, Patience};
 use super::signal::Signal;
 use super::slot::Slot;
+use super::source::{StreamSource, end_with};
 use super::streams::{self, Asked, SharedStream, Streams};
 use super::thread::wait;
-use super::{ffi, key};
 use crate::circle::{BlockedLoop, Nested, Source};
 use crate::map::Map;
 use crate::stream::{Reader, Turn};
@@ -29,6 +30,7 @@ use crate::stream::{Reader, Turn};
 pub(super) struct StreamReader {
     coalescer: Py<Coalescer>,
     key: Py<PyAny>,
+    hash: u64,
     stream: Arc<SharedStream>,
     reader: Reader<super::family::Python3>,
     leads: bool,
@@ -54,6 +56,7 @@ impl StreamReader {
         Ok(Self {
             coalescer: coalescer.clone().unbind(),
             key: key.clone().unbind(),
+            hash: opened.hash,
             stream: opened.stream,
             reader: opened.reader,
             leads: opened.leads,
@@ -74,7 +77,7 @@ impl StreamReader {
             Turn::Pull => self.duty.store(true, Ordering::Release),
             // It will be counted when it asks again.
             Turn::StartOver => self.counted.store(true, Ordering::Relaxed),
-            _ => self.count(Map::count_joined)?,
+            _ => self.count(Map::count_joined),
         }
         let over = !matches!(turn, Turn::Items(_) | Turn::Wait | Turn::Pull | Turn::Lagged(_));
         if over
@@ -126,13 +129,11 @@ impl StreamReader {
         visit.call(self.signal.get())
     }
 
-    fn count(&self, counter: fn(&Map<Streams>, u64)) -> PyResult<()> {
+    fn count(&self, counter: fn(&Map<Streams>, u64)) {
         // Most have been counted with their first item.
         if !self.counted.load(Ordering::Relaxed) && !self.counted.swap(true, Ordering::Relaxed) {
-            let key = self.key.bind(ffi::attached());
-            counter(self.coalescer.get().streams(), key::hash(key)?);
+            counter(self.coalescer.get().streams(), self.hash);
         }
-        Ok(())
     }
 
     /// Blocks this thread until there is something to do for this reader. False if `until` has passed before.
@@ -241,7 +242,7 @@ impl StreamReader {
         if self.takes_duty() {
             self.stream.log.release();
         }
-        self.count(Map::count_cancelled)?;
+        self.count(Map::count_cancelled);
         if last { self.stream.close(py) } else { Ok(()) }
     }
 }
@@ -260,29 +261,6 @@ impl Drop for Duty<'_> {
     fn drop(&mut self) {
         self.0.break_off(None, false);
     }
-}
-
-/// Ends a stream with an error, as that is shared. False if it is not shared.
-fn end_with(
-    coalescer: &Coalescer,
-    stream: &Arc<SharedStream>,
-    error: &Bound<'_, PyAny>,
-    ttl: Option<Ttl>,
-) -> PyResult<bool> {
-    let py = error.py();
-    if let Some((template, own_ttl)) = coalescer.shared_error(error, stream.ttl)? {
-        stream.fail(template, ttl.unwrap_or(own_ttl));
-        return Ok(true);
-    }
-    break_off(py, stream, error)?;
-    Ok(false)
-}
-
-/// Ends a stream with an error that concerns its leader only.
-fn break_off(py: Python<'_>, stream: &SharedStream, error: &Bound<'_, PyAny>) -> PyResult<()> {
-    let template = ffi::call(Hooks::get(py)?.broken_stream_error.bind(py), [error])?;
-    stream.break_off(Some(template.unbind()), true);
-    Ok(())
 }
 
 #[pymethods]
@@ -385,95 +363,5 @@ impl Drop for StreamReader {
                 error.write_unraisable(py, None);
             }
         });
-    }
-}
-
-/// Where the items of a stream come from that a task or a thread pumps. Dropping it unfinished breaks the stream.
-#[pyclass(frozen, module = "llm_batch_coalesce._core")]
-pub(super) struct StreamSource {
-    coalescer: Py<Coalescer>,
-    stream: Arc<SharedStream>,
-}
-
-#[pymethods]
-impl StreamSource {
-    /// Marks the current context as that of this call.
-    fn enter(&self, py: Python<'_>) -> PyResult<()> {
-        self.stream.call().map_or(Ok(()), |call| Within::enter(py, [call]))
-    }
-
-    /// Tells which task pumps, and whose reader leads.
-    fn led_by(&self, task: &Bound<'_, PyAny>, caller: &Bound<'_, PyAny>) -> PyResult<()> {
-        let weakly = |task| PyWeakrefReference::new(task).map(|weak| weak.into_any().unbind());
-        self.stream.led_by(TaskCall { task: weakly(task)?, caller: weakly(caller)? });
-        Ok(())
-    }
-
-    /// Adds an item. False if nobody reads any more: close upstream.
-    fn append(&self, item: &Bound<'_, PyAny>) -> PyResult<bool> {
-        self.coalescer.get().note(item);
-        let goes_on = self.stream.append(item.clone().unbind(), false);
-        check_interrupt()?;
-        Ok(goes_on)
-    }
-
-    /// Leaves something that the last reader to go closes, to wake a pump that waits for upstream. False if the stream is
-    /// over, and it is the caller's own business.
-    fn close_with(&self, closer: Py<PyAny>) -> bool {
-        self.coalescer.get().note(closer.bind(ffi::attached()));
-        self.stream.upstream.put(closer);
-        // Whoever takes it out has it.
-        !(self.stream.log.is_over() && self.stream.upstream.take().is_some())
-    }
-
-    /// Ends the stream; `ttl_seconds` is for this one outcome.
-    #[pyo3(signature = (ttl_seconds = None))]
-    fn finish(
-        &self,
-        #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
-    ) -> PyResult<()> {
-        let ttl = ttl_seconds.or(self.stream.ttl).unwrap_or(self.coalescer.get().ttl());
-        self.stream.finish(ttl);
-        self.forget_closer()
-    }
-
-    /// Ends the stream with an error, shared if it is one to share; the original is for the reader that leads. False if
-    /// nobody has it.
-    #[pyo3(signature = (error, ttl_seconds = None))]
-    fn fail(
-        &self,
-        error: &Bound<'_, PyAny>,
-        #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
-    ) -> PyResult<bool> {
-        let has_it = self.stream.keep_for_leader(error);
-        let shared = end_with(self.coalescer.get(), &self.stream, error, ttl_seconds)?;
-        self.forget_closer()?;
-        Ok(has_it || shared)
-    }
-
-    /// Ends the stream with an error that concerns the reader that leads only.
-    fn break_off(&self, error: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.stream.keep_for_leader(error);
-        break_off(error.py(), &self.stream, error)?;
-        self.forget_closer()
-    }
-
-    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.coalescer)
-    }
-}
-
-impl StreamSource {
-    /// A stream that has ended by itself keeps nothing of its upstream.
-    fn forget_closer(&self) -> PyResult<()> {
-        drop(self.stream.upstream.take());
-        check_interrupt()
-    }
-}
-
-impl Drop for StreamSource {
-    fn drop(&mut self) {
-        let py = ffi::attached();
-        undisturbed(py, || self.stream.break_off(None, false));
     }
 }

@@ -17,9 +17,8 @@ use super::options::Ttl;
 use super::slot::Slot;
 use crate::circle::Target;
 use crate::family::Family;
-use crate::flight::Flight;
 use crate::lead::Lead;
-use crate::map::{Found, Map};
+use crate::map::Found;
 use crate::stream::{End, Reader, Stream};
 use crate::waiter::{NO_LOOP, Origin, Waiter};
 
@@ -167,6 +166,7 @@ pub(super) struct Opened {
     pub(super) leads: bool,
     /// Whether its request is counted.
     pub(super) counted: bool,
+    pub(super) hash: u64,
 }
 
 /// How a stream is asked for.
@@ -194,7 +194,7 @@ pub(super) fn open(
         match map.find(hash, key.as_unbound(), |stream, _| Arc::clone(stream))? {
             Found::Hit(stream) => {
                 if let Some(reader) = stream.log.join() {
-                    return Ok(Opened { stream, reader, leads: false, counted: true });
+                    return Ok(Opened { stream, reader, leads: false, counted: true, hash });
                 }
                 map.uncount_hit();
                 map.forget(hash, key.as_unbound())?;
@@ -206,12 +206,23 @@ pub(super) fn open(
                 }
                 // There is none if it has ended in this moment.
                 let Some(stream) = flight.call() else { continue };
+                let led_on = flight.lead().map_or(NO_LOOP, |(_, loop_id)| loop_id);
+                let elsewhere = led_on != NO_LOOP && led_on != here;
+                if elsewhere && Streams::call_is_lost(&stream) {
+                    stream.break_off(None, false);
+                    map.let_go(&flight);
+                    continue;
+                }
                 let Some(reader) = stream.log.join() else {
                     map.let_go(&flight);
                     continue;
                 };
-                note_reader(map, &flight, &stream, here);
-                return Ok(Opened { stream, reader, leads: false, counted: false });
+                if elsewhere {
+                    // It ends with its loop, and readers elsewhere have to be told.
+                    stream.read_elsewhere.store(true, Ordering::Release);
+                    map.watch(&flight);
+                }
+                return Ok(Opened { stream, reader, leads: false, counted: false, hash });
             }
             Found::Nothing => {
                 let finishes = in_task && coalescer.finishes();
@@ -236,24 +247,10 @@ pub(super) fn open(
                 if let Some(lead) = map.claim_for(hash, key.clone().unbind(), origin, call)? {
                     let _ = stream.call.set(Call::of(&lead));
                     stream.lead.put(lead);
-                    return Ok(Opened { stream, reader, leads: true, counted: true });
+                    return Ok(Opened { stream, reader, leads: true, counted: true, hash });
                 }
             }
         }
-    }
-}
-
-/// A stream that is pumped on a loop ends with it, and readers elsewhere have to be told.
-fn note_reader(
-    map: &Arc<Map<Streams>>,
-    flight: &Arc<Flight<Streams>>,
-    stream: &SharedStream,
-    here: crate::waiter::LoopId,
-) {
-    let led_on = flight.lead().map_or(NO_LOOP, |(_, loop_id)| loop_id);
-    if led_on != NO_LOOP && led_on != here {
-        stream.read_elsewhere.store(true, Ordering::Release);
-        map.watch(flight);
     }
 }
 

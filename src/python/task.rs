@@ -8,7 +8,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyWeakrefReference};
 
 use super::answer::{Answer, Request, Role};
-use super::coalescer::{Coalescer, cancelled_error, timeout_error};
+use super::coalescer::Coalescer;
+use super::errors::{cancelled_error, timeout_error};
 use super::family::{Python3, TaskCall, TaskWaiter, check_interrupt};
 use super::ffi;
 use super::inside::{Call, Inside, Within};

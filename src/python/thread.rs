@@ -8,7 +8,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use super::answer::{Answer, Request, Role, find, find_value};
-use super::coalescer::{Coalescer, Options, cancelled_error, timeout_error};
+use super::coalescer::{Coalescer, Options};
+use super::errors::{cancelled_error, timeout_error};
 use super::family::{Python3, Shared, running_loop};
 use super::hooks::Hooks;
 use super::inside::{Call, Inside, Led};

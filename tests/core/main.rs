@@ -23,5 +23,7 @@ mod requests;
 mod retention;
 mod room;
 mod stale_lead;
+mod stream;
+mod stream_ends;
 mod support;
 mod tasks;

@@ -13,6 +13,7 @@
 //! 8. `cancel`: every waiter is served or cancelled, never both; nothing of what was cancelled is retained.
 //! 9. `put`: what is put is what is found from then on, whatever lands at that moment.
 //! 10. `room`: of outcomes that come at once as many are dropped as are too many, and what goes makes room once.
+//! 11. `stream`: no reader of a shared stream misses an item or its end, one of them pulls, and the last ends it.
 //!
 //! Run with `RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 CARGO_TARGET_DIR=target/loom cargo test
 //! --no-default-features --test loom`. A model that fails names the broken promise; a deadlock is a lost wakeup.
@@ -27,5 +28,6 @@ mod lead;
 mod outcome;
 mod put;
 mod room;
+mod stream;
 mod support;
 mod watch;
