@@ -61,8 +61,8 @@ pub struct Stream<F: Family> {
     birth: u32,
     /// How many items the log holds at most, once it cannot be joined.
     most: usize,
-    /// Whether it goes on without readers.
-    finishes: bool,
+    /// Whether it goes on without readers; changed under the log's mutex.
+    finishes: AtomicBool,
     log: Mutex<Log<F>>,
 }
 
@@ -151,6 +151,7 @@ impl<F: Family> Stream<F> {
             open: true,
             end: None,
         };
+        let finishes = AtomicBool::new(finishes);
         let stream = Arc::new(Self { birth: fork::birth(), most, finishes, log: Mutex::new(log) });
         let reader = Reader::new(&stream);
         (stream, reader)
@@ -205,6 +206,13 @@ impl<F: Family> Stream<F> {
         wake.now();
         drop(gone);
         Ok(Appended { closed, awaited })
+    }
+
+    /// From now on it goes on without readers.
+    pub fn see_through(&self) {
+        let log = self.log.lock();
+        self.finishes.store(true, Ordering::Relaxed);
+        drop(log);
     }
 
     /// Gives back the duty to pull.
@@ -361,7 +369,7 @@ impl<F: Family> Reader<F> {
         log.readers -= 1;
         let cursor = self.cursor.load(Ordering::Relaxed);
         log.move_cursor(cursor, None);
-        let unwanted = log.readers == 0 && !stream.finishes || log.is_out_of_reach();
+        let unwanted = log.readers == 0 && !stream.finishes.load(Ordering::Relaxed) || log.is_out_of_reach();
         let last = unwanted && log.end.is_none();
         if last {
             log.end = Some(End::Broken(None));

@@ -104,8 +104,9 @@ async def lead_many(
     errors: dict[Hashable, BaseException],
 ) -> None:
     """Run a call for many keys in a task of its own, and wait for it. Raises what the call raises."""
-    batch = _Batch(led)
-    task = start(_call_many(coalescer, batch, fn, values, errors), asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    batch = _Batch(led, loop)
+    task = start(_call_many(coalescer, batch, fn, values, errors), loop)
     if not task.done():
         await _wait_for(coalescer, batch, task, list(led.values()))
     error = task.result()
@@ -118,7 +119,7 @@ async def lead_many(
 
 
 async def _wait_for(coalescer: "AsyncBatchCoalescer", batch: "_Batch", task: CallTask, tokens: list[Token]) -> None:
-    loop = asyncio.get_running_loop()
+    loop = batch.loop
     batch.task = task
     for part, token in zip(batch.parts, tokens, strict=True):
         token.led_by(part, asyncio.current_task(loop) or task)
@@ -155,6 +156,8 @@ async def _call_many(
     try:
         Token.enter_all(list(left.values()))
         await _serve_from_store(coalescer, left, values)
+        for key in batch.abandoned & left.keys():
+            del left[key]
         if left:
             matched = match_values(list(left), await checked(fn(list(left))))
             for (key, token), (value, missing) in zip(list(left.items()), matched, strict=True):
@@ -195,12 +198,14 @@ async def _serve_from_store(
 class _Batch:
     """A call for many keys, whose task is cancelled when all that is left of it is abandoned."""
 
-    __slots__ = ("abandoned", "left", "parts", "task")
+    __slots__ = ("abandoned", "left", "loop", "parts", "task")
 
-    def __init__(self, led: Mapping[Any, Token]) -> None:
+    def __init__(self, led: Mapping[Any, Token], loop: asyncio.AbstractEventLoop) -> None:
         self.left = dict(led)
         self.abandoned: set[Any] = set()
         self.parts = [Part(self, key) for key in led]
+        self.loop = loop
+        # While it runs.
         self.task: CallTask | None = None
 
 
@@ -213,23 +218,18 @@ class Part:
         self._batch = batch
         self._key = key
 
-    def _task(self) -> CallTask:
-        task = self._batch.task
-        if task is None:
-            raise RuntimeError("the task of a batch is asked for before it is there")
-        return task
-
     def cancel(self) -> None:
         """Note that this flight is abandoned; called on the task's loop."""
         batch = self._batch
         batch.abandoned.add(self._key)
-        if batch.left.keys() <= batch.abandoned:
-            self._task().cancel()
+        if batch.task is not None and batch.left.keys() <= batch.abandoned:
+            batch.task.cancel()
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the task's loop."""
-        return self._task().get_loop()
+        return self._batch.loop
 
     def get_name(self) -> str:
         """Return the task's name."""
-        return self._task().get_name()
+        task = self._batch.task
+        return "a task that has ended" if task is None else task.get_name()

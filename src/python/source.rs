@@ -75,6 +75,11 @@ impl StreamSource {
         !(self.stream.log.is_over() && self.stream.upstream.take().is_some())
     }
 
+    /// Has the stream go on though its last reader leaves.
+    fn see_through(&self) {
+        self.stream.log.see_through();
+    }
+
     /// Ends the stream; `ttl_seconds` is for this one outcome.
     #[pyo3(signature = (ttl_seconds = None))]
     fn finish(
