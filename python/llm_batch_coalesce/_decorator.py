@@ -103,17 +103,24 @@ def coalesced(coalescer: BatchCoalescer | AsyncBatchCoalescer, key: Callable[...
             raise TypeError(_misplaced(f"{len(functions) + len(options)} arguments"))
         fn = _checked(functions[0])
         key_for = _default_key(fn) if key is None else key
-        wrapped = _wrapped_for_tasks if inspect.iscoroutinefunction(fn) else _wrapped
-        return wrapped(coalescer, fn, key_for)
+        for_tasks = inspect.iscoroutinefunction(fn)
+        wrapped = _wrapped_for_tasks if for_tasks else _wrapped
+        return wrapped(_face(coalescer, fn, for_tasks=for_tasks), fn, key_for)
 
     return cast("Decorator", decorate)
 
 
-def _wrapped(
-    coalescer: BatchCoalescer | AsyncBatchCoalescer, fn: Callable[..., Any], key_for: Callable[..., Hashable]
-) -> Callable[..., Any]:
-    face = coalescer if isinstance(coalescer, ThreadCoalescer) else coalescer.as_sync()
+def _face(coalescer: Any, fn: Callable[..., Any], *, for_tasks: bool) -> Any:  # noqa: ANN401 - of whatever kind
+    """Return the face of a coalescer that serves such functions."""
+    if for_tasks is inspect.iscoroutinefunction(coalescer.get_or_call):
+        return coalescer
+    if not hasattr(coalescer, "as_async" if for_tasks else "as_sync"):
+        kind = "plain functions" if for_tasks else "coroutine functions"
+        raise TypeError(f"{type(coalescer).__qualname__} decorates {kind} only, not {shown(fn)}")
+    return coalescer.as_async() if for_tasks else coalescer.as_sync()
 
+
+def _wrapped(face: Any, fn: Callable[..., Any], key_for: Callable[..., Hashable]) -> Callable[..., Any]:  # noqa: ANN401 - as above
     @functools.wraps(fn)
     def call(*args: object, **kwargs: object) -> object:
         return face.get_or_call(key_for(*args, **kwargs), functools.partial(fn, *args, **kwargs))
@@ -122,10 +129,10 @@ def _wrapped(
 
 
 def _wrapped_for_tasks(
-    coalescer: BatchCoalescer | AsyncBatchCoalescer, fn: Callable[..., Any], key_for: Callable[..., Hashable]
+    face: Any,  # noqa: ANN401 - as above
+    fn: Callable[..., Any],
+    key_for: Callable[..., Hashable],
 ) -> Callable[..., Any]:
-    face = coalescer.as_async() if isinstance(coalescer, ThreadCoalescer) else coalescer
-
     @functools.wraps(fn)
     async def call(*args: object, **kwargs: object) -> object:
         return await face.get_or_call(key_for(*args, **kwargs), functools.partial(fn, *args, **kwargs))
@@ -135,10 +142,10 @@ def _wrapped_for_tasks(
 
 def _equipped(
     call: Any,  # noqa: ANN401 - a function has no type that takes attributes
-    face: BatchCoalescer | AsyncBatchCoalescer,
+    face: Any,  # noqa: ANN401 - as above
     key_for: Callable[..., Hashable],
 ) -> Callable[..., Any]:
-    def forget(*args: object, **kwargs: object) -> bool:
+    def forget(*args: object, **kwargs: object) -> Any:  # noqa: ANN401 - of a fleet's tasks it is awaited
         return face.forget(key_for(*args, **kwargs))
 
     call.coalescer, call.key_for, call.forget = face, key_for, forget

@@ -156,3 +156,67 @@ class CallResultError(CoalesceError, TypeError):
     """
 
     __module__ = "llm_batch_coalesce"
+
+
+class BackendError(CoalesceError):
+    """The server that a fleet shares its flights on cannot be used, and the coalescer was told not to go on without it."""
+
+    __module__ = "llm_batch_coalesce"
+
+
+class RemoteCallError(CoalesceError):
+    """A call of another process failed.
+
+    Args:
+        error_type: Qualified name of the error's class, such as `"openai.RateLimitError"`.
+        error_message: What `str()` of the error gave.
+        leader: Which process made the call: its host, process id and coalescer.
+
+    Attributes:
+        error_type: Qualified name of the error's class.
+        error_message: What `str()` of the error gave.
+        leader: Which process made the call.
+    """
+
+    __module__ = "llm_batch_coalesce"
+
+    error_type: str
+    error_message: str
+    leader: str
+
+    def __init__(self, error_type: str, error_message: str, leader: str) -> None:
+        super().__init__(error_type, error_message, leader)
+        self.error_type, self.error_message, self.leader = error_type, error_message, leader
+
+    def __str__(self) -> str:
+        """Return one line that names the original class and gives its message."""
+        raised = f"the call of another process ({self.leader}) raised {self.error_type}"
+        return f"{raised}: {self.error_message}" if self.error_message else raised
+
+
+class SerializationError(CoalesceError):
+    """A call of another process returned a value that its serializer does not take.
+
+    The caller that made the call has the value; it is not retained.
+
+    Args:
+        value_type: Qualified name of the value's class.
+        reason: Why the serializer refused it.
+
+    Attributes:
+        value_type: Qualified name of the value's class.
+        reason: Why the serializer refused it.
+    """
+
+    __module__ = "llm_batch_coalesce"
+
+    value_type: str
+    reason: str
+
+    def __init__(self, value_type: str, reason: str) -> None:
+        super().__init__(value_type, reason)
+        self.value_type, self.reason = value_type, reason
+
+    def __str__(self) -> str:
+        """Return one line that names the type."""
+        return f"the value of type {self.value_type} cannot be shared with other processes: {self.reason}"

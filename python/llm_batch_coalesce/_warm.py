@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_batch_coalesce import _core
 from llm_batch_coalesce._shown import shown
 
 if TYPE_CHECKING:
@@ -48,8 +51,14 @@ def in_threads(
     """Fill keys with so many threads at once; returns what failed."""
     failed: dict[K, Exception] = {}
     pool = concurrent.futures.ThreadPoolExecutor(concurrency, thread_name_prefix="coalesce-warm")
+    # A call that warms is what the calls of its pool are part of.
+    context = contextvars.copy_context()
+    context.run(_core._carry_calls)  # noqa: SLF001 - this is a part of it
     try:
-        calls = {pool.submit(coalescer.get_or_call, key, fn, ttl_seconds=ttl_seconds): key for key, fn in items.items()}
+        calls = {
+            pool.submit(context.copy().run, partial(coalescer.get_or_call, key, fn, ttl_seconds=ttl_seconds)): key
+            for key, fn in items.items()
+        }
         for done, call in enumerate(concurrent.futures.as_completed(calls), 1):
             try:
                 call.result()

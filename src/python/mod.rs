@@ -77,6 +77,12 @@ fn _advance_clock(seconds: &Bound<'_, PyAny>) -> PyResult<()> {
     Ok(())
 }
 
+/// Marks the current context as that of the calls which this thread is inside of, for threads that are to run in it.
+#[pyfunction]
+fn _carry_calls(py: Python<'_>) -> PyResult<()> {
+    inside::Within::enter(py, [])
+}
+
 /// Checks a number of seconds like any argument of that name.
 #[pyfunction]
 #[pyo3(signature = (name, value, /))]
@@ -100,6 +106,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(hooks::_install, module)?)?;
     module.add_function(wrap_pyfunction!(_stop_sweeper, module)?)?;
     module.add_function(wrap_pyfunction!(_advance_clock, module)?)?;
+    module.add_function(wrap_pyfunction!(_carry_calls, module)?)?;
     module.add_function(wrap_pyfunction!(_check_seconds, module)?)?;
 
     key::seed();

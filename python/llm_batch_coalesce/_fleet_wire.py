@@ -1,0 +1,154 @@
+"""Outcomes as bytes: a line of JSON that says what it is, and the value as its serializer has it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from llm_batch_coalesce._errors import RemoteCallError, SerializationError
+
+_VERSION = 1
+
+
+class Serializer(Protocol):
+    """Turns values into bytes or text and back: the `json` module, `pickle`, `orjson`, `msgpack` have the two functions."""
+
+    def dumps(self, value: Any, /) -> bytes | str:  # noqa: ANN401 - any value of the user's
+        """Return the value as bytes or text."""
+
+    def loads(self, content: Any, /) -> Any:  # noqa: ANN401 - bytes or text, as `dumps` gave them
+        """Return the value."""
+
+
+class JsonSerializer:
+    """The standard `json`, which changes no value silently: NaN is refused, integers of any size stay exact."""
+
+    def dumps(self, value: Any, /) -> str:  # noqa: ANN401 - as above
+        """Return the value as JSON.
+
+        Raises:
+            TypeError: If it is not JSON, or would come back as something else: a tuple, or a key that is no string.
+            ValueError: If it has a NaN or an infinity, or contains itself.
+        """
+        text = json.dumps(value, allow_nan=False, ensure_ascii=True)
+        _check_json(value)
+        return text
+
+    def loads(self, content: bytes, /) -> Any:  # noqa: ANN401 - as above
+        """Return the value."""
+        return json.loads(content)
+
+
+def _check_json(value: object) -> None:
+    """Refuse what `json` would turn into something else."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) is not str:
+                raise TypeError(f"a key of type {type(key).__qualname__} would come back as a str")
+            _check_json(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_json(item)
+    elif isinstance(value, tuple):
+        raise TypeError("a tuple would come back as a list")
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """An outcome as it was read.
+
+    Attributes:
+        kind: What it is.
+        value: The value, of that kind.
+        error: The error to raise, of the other two.
+        seconds: How long the call took.
+        ttl_seconds: How long it was to be retained from then on, in seconds.
+    """
+
+    kind: Literal["value", "error", "unserializable"]
+    value: Any
+    error: RemoteCallError | SerializationError | None
+    seconds: float
+    ttl_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is told beside an outcome: how long its call took, how long it is retained, and who made the call."""
+
+    seconds: float
+    ttl_seconds: float
+    leader: str
+
+
+class DamagedError(Exception):
+    """What is under an outcome's key is none of ours."""
+
+
+def pack_value(serializer: Serializer, value: object, about: About) -> bytes:
+    """Make the payload of a value.
+
+    Raises:
+        Exception: Whatever the serializer raises for a value that it does not take.
+    """
+    content = serializer.dumps(value)
+    if isinstance(content, str):
+        content = content.encode()
+    if not isinstance(content, bytes):
+        raise TypeError(f"the serializer's dumps() returned {type(content).__qualname__}, not bytes or str")
+    return _head("value", about) + content
+
+
+def pack_unserializable(value: object, reason: Exception, about: About) -> bytes:
+    """Make the payload that tells of a value which cannot be sent."""
+    content = [type(value).__qualname__, f"{type(reason).__qualname__}: {reason}"]
+    return _head("unserializable", about) + json.dumps(content).encode()
+
+
+def pack_error(error: BaseException, about: About) -> bytes:
+    """Make the payload of an error."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - `__str__` is the user's
+        message = "<its message cannot be read>"
+    kind = type(error)
+    content = [f"{kind.__module__}.{kind.__qualname__}", message]
+    return _head("error", about) + json.dumps(content).encode()
+
+
+def _head(kind: str, about: About) -> bytes:
+    head = {
+        "v": _VERSION,
+        "kind": kind,
+        "seconds": round(about.seconds, 6),
+        "ttl": round(about.ttl_seconds, 3),
+        "leader": about.leader,
+    }
+    return json.dumps(head).encode() + b"\n"
+
+
+def unpack(serializer: Serializer, payload: object) -> Landed:
+    """Read a payload.
+
+    Raises:
+        DamagedError: If it is none of ours, or cannot be read.
+    """
+    try:
+        if not isinstance(payload, bytes):
+            raise TypeError(f"a payload is bytes, not {type(payload).__qualname__}")  # noqa: TRY301
+        line, content = payload.split(b"\n", 1)
+        head = json.loads(line)
+        if head["v"] != _VERSION:
+            raise ValueError(f"version {head['v']!r} is not {_VERSION}")  # noqa: TRY301
+        seconds, ttl, leader = float(head["seconds"]), float(head["ttl"]), str(head["leader"])
+        if head["kind"] == "value":
+            return Landed("value", serializer.loads(content), None, seconds, ttl)
+        name, message = json.loads(content)
+        if head["kind"] == "error":
+            return Landed("error", None, RemoteCallError(str(name), str(message), leader), seconds, ttl)
+        if head["kind"] == "unserializable":
+            return Landed("unserializable", None, SerializationError(str(name), str(message)), seconds, ttl)
+        raise ValueError(f"kind {head['kind']!r} is unknown")  # noqa: TRY301
+    except Exception as error:
+        raise DamagedError(f"{type(error).__qualname__}: {error}") from error
