@@ -7,7 +7,7 @@ use crate::clock::{FOREVER, Nanos};
 use crate::family::Family;
 use crate::flight::{Flight, State};
 use crate::map::Map;
-use crate::seat::Seat;
+use crate::seat::{Seat, Standing};
 use crate::stats::Counters;
 use crate::sync::{Arc, AtomicU64, Ordering};
 use crate::waiter::LoopId;
@@ -167,7 +167,26 @@ impl<F: Family> Place<F> {
 
     /// From now on the lead may be offered to it.
     pub fn begin_waiting(&self) {
-        self.seat.begin_waiting();
+        // In a child the flight's mutex may be held by a thread that stayed behind.
+        if self.map.is_current() {
+            self.seat.begin_waiting();
+        }
+    }
+
+    /// How it stands. A flight that stayed behind in the parent of a fork has nothing for those who wait for it.
+    pub fn standing(&self) -> Standing {
+        match self.seat.standing() {
+            Standing::Waiting | Standing::Offered if !self.map.is_current() => Standing::Withdrawn,
+            standing => standing,
+        }
+    }
+
+    /// Blocks this thread until there is something for it, or until `limit` has passed.
+    pub fn wait(&self, limit: Option<std::time::Duration>) -> Standing {
+        if self.map.is_current() {
+            self.seat.wait(limit);
+        }
+        self.standing()
     }
 
     /// Counts a waiter that was served.

@@ -36,7 +36,7 @@ from llm_batch_coalesce._many import gather, lead_many, single_async
 from llm_batch_coalesce._reports import Outcome
 from llm_batch_coalesce._shown import shown
 from llm_batch_coalesce._store import AsyncStore, MappingStore, TtlStore, checked, through_store
-from llm_batch_coalesce._streams import MAX_BUFFERED, pump
+from llm_batch_coalesce._streams import MAX_BUFFERED, pull_in_thread, pump
 from llm_batch_coalesce._tasks import CallTask, error_of, start
 from llm_batch_coalesce._warm import check, in_tasks
 
@@ -496,7 +496,7 @@ class AsyncBatchCoalescer(Face):
                         await do
                     elif do == "pull":
                         # Threads lead it, and none of them goes on.
-                        await asyncio.to_thread(reader.pull, fn)
+                        await pull_in_thread(reader.pull, fn)
                     else:
                         break
             finally:

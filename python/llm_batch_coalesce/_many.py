@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_batch_coalesce._core import Token
 from llm_batch_coalesce._errors import CallResultError, MissingKeysError
@@ -13,6 +13,8 @@ from llm_batch_coalesce._tasks import CallTask, error_of, start
 if TYPE_CHECKING:
     from llm_batch_coalesce._async import AsyncBatchCoalescer
 from llm_batch_coalesce._reports import digest, logger
+
+R = TypeVar("R")
 
 
 def match_values(keys: list[Hashable], result: object) -> list[tuple[Any, MissingKeysError | None]]:
@@ -160,24 +162,57 @@ async def _call_many(
             del left[key]
         if left:
             matched = match_values(list(left), await checked(fn(list(left))))
-            for (key, token), (value, missing) in zip(list(left.items()), matched, strict=True):
-                if missing is None:
-                    await tell_store(coalescer, token, key, value)
-                    values[key] = token.complete(value)
-                else:
-                    errors[key] = missing
-                    token.fail(missing)
-                del left[key]
+            await _complete_all(coalescer, batch, matched, values, errors)
     except asyncio.CancelledError:
-        for token in left.values():
-            token.lose_loop()
+        _for_all(left, Token.lose_loop)
         raise
     except BaseException as error:
-        delivered = [token.fail(error) for token in left.values()]
+        delivered = _for_all(left, lambda token: token.fail(error))
         if not all(delivered) and not isinstance(error, Exception):
             raise
         return error
     return None
+
+
+async def _complete_all(
+    coalescer: "AsyncBatchCoalescer",
+    batch: "_Batch",
+    matched: list[tuple[Any, MissingKeysError | None]],
+    values: dict[Hashable, Any],
+    errors: dict[Hashable, BaseException],
+) -> None:
+    """Share the values of a call, each key's though another one's is interrupted."""
+    interrupted: BaseException | None = None
+    for (key, token), (value, missing) in zip(list(batch.left.items()), matched, strict=True):
+        if missing is None:
+            await tell_store(coalescer, token, key, value)
+        # What is completed is over, even if Ctrl-C comes while its waiters are told.
+        del batch.left[key]
+        try:
+            if missing is None:
+                values[key] = token.complete(value)
+            else:
+                errors[key] = missing
+                token.fail(missing)
+        except BaseException as error:  # noqa: BLE001 - raised when all are completed
+            interrupted = interrupted or error
+    if interrupted is not None:
+        raise interrupted
+
+
+def _for_all(left: dict[Any, Token], end: Callable[[Token], R]) -> list[R]:
+    """End all flights that are left; an interrupt of the one is raised when the others have ended, too."""
+    ended: list[R] = []
+    interrupted: BaseException | None = None
+    for token in left.values():
+        try:
+            ended.append(end(token))
+        except BaseException as error:  # noqa: BLE001 - raised when all have ended
+            interrupted = interrupted or error
+    left.clear()
+    if interrupted is not None:
+        raise interrupted
+    return ended
 
 
 async def _serve_from_store(
@@ -191,8 +226,8 @@ async def _serve_from_store(
         found = await ask_store(coalescer, store, key)
         if found is not store:
             token.count_store_hit()
-            values[key] = token.complete(found)
             del left[key]
+            values[key] = token.complete(found)
 
 
 class _Batch:

@@ -1,6 +1,9 @@
 """Where the items of shared streams come from: upstreams that a task pumps, or that threads pull."""
 
 import asyncio
+import contextlib
+import contextvars
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
 from inspect import isawaitable
 from typing import Any
@@ -78,6 +81,36 @@ def iterate(fn: Callable[[], Any]) -> tuple[Iterator[Any], Any]:
     if asyncio.iscoroutine(upstream):
         upstream.close()
     raise CallResultError(f"fn must return an iterator, not {shown(upstream)}; use AsyncBatchCoalescer for async ones")
+
+
+async def pull_in_thread(pull: Callable[[Any], None], fn: Callable[[], Any]) -> None:
+    """Run a task's pull in a thread of its own: those of a pool may all be readers that wait for it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[BaseException | None] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def tell(error: BaseException | None) -> None:
+        if not done.done():
+            done.set_result(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            context.run(pull, fn)
+        except BaseException as raised:  # noqa: BLE001 - it is for the task
+            error = raised
+        # A loop that was closed meanwhile has nobody to tell.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(tell, error)
+
+    threading.Thread(target=run, name="coalesce-pull", daemon=True).start()
+    error = await done
+    if error is not None:
+        try:
+            raise error
+        finally:
+            # The error's traceback holds this frame.
+            del error, done
 
 
 def lost_stream_error(key: Hashable, name: str | None) -> SharedCallError:

@@ -208,13 +208,11 @@ fn wake_tasks(py: Python<'_>, waiters: &[std::sync::Arc<Waiter<Python3>>]) {
 
 /// Has a loop set these futures.
 fn tell(how: &Bound<'_, PyString>, event_loop: &Bound<'_, PyAny>, futures: &[&Py<PyAny>]) -> PyResult<()> {
-    static SET_ALL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = event_loop.py();
-    let set_all = SET_ALL
-        .get_or_try_init(py, || Ok::<_, PyErr>(wrap_pyfunction!(set_all_done, py)?.into_any().unbind()))?
-        .bind(py);
-    let futures = PyList::new(py, futures)?;
-    let tell = || ffi::call_method(how, [event_loop, set_all, &futures]).map(drop);
+    let set_all = set_all(py)?;
+    // The first one last, where it is taken from.
+    let futures = PyList::new(py, futures.iter().rev())?;
+    let tell = || ffi::call_method(how, [event_loop, set_all, event_loop, &futures]).map(drop);
     match tell() {
         // The loop is closed: its tasks will never run again.
         Err(_) if is_closed(event_loop)? => Ok(()),
@@ -239,12 +237,34 @@ fn set_done(future: &Bound<'_, PyAny>) -> PyResult<()> {
     }
 }
 
-/// Called on the loop that the futures belong to.
+/// Called on the loop that the futures belong to; takes them from the list's end.
+///
+/// A task that is resumed may run the loop in its own step, or end it by an error that is no `Exception`. So whatever is
+/// left has a callback of its own.
 #[pyfunction]
-fn set_all_done(futures: &Bound<'_, PyList>) -> PyResult<()> {
-    for future in futures.iter() {
-        let set = signal::fire(&future).and_then(|fired| if fired { Ok(()) } else { set_done(&future) });
-        report(futures.py(), set);
+fn set_all_done(event_loop: &Bound<'_, PyAny>, futures: &Bound<'_, PyList>) -> PyResult<()> {
+    let py = futures.py();
+    if futures.len() > 1 {
+        let tell =
+            || ffi::call_method(intern!(py, "call_soon"), [event_loop, set_all(py)?, event_loop, futures]);
+        if let Err(error) = tell() {
+            // As in `tell`: then it is the rest's callback that resumes them all.
+            return tell().and(Err(error));
+        }
+    }
+    while let Some(last) = futures.len().checked_sub(1) {
+        let future = futures.get_item(last)?;
+        futures.del_item(last)?;
+        match signal::fire(&future).and_then(|fired| if fired { Ok(()) } else { set_done(&future) }) {
+            Err(error) if !error.is_instance_of::<PyException>(py) => return Err(error),
+            set => drop(report(py, set)),
+        }
     }
     check_interrupt()
+}
+
+fn set_all(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    static SET_ALL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let make = || Ok::<_, PyErr>(wrap_pyfunction!(set_all_done, py)?.into_any().unbind());
+    SET_ALL.get_or_try_init(py, make).map(|function| function.bind(py))
 }

@@ -170,24 +170,30 @@ impl<'py> Batch<'_, 'py> {
         }
         match self.call(&leads) {
             Ok(values) => {
+                // An interrupt of the one is raised when the others have landed, too.
+                let mut interrupted = Ok(());
                 for ((index, lead), value) in leads.drain(..).zip(values) {
-                    answers[index] = Some(match value {
-                        Ok(value) => Ok(this.complete(lead, value, self.request.ttl)?),
-                        Err(error) => {
-                            this.settle_error(lead, &error, self.request.ttl)?;
-                            Err(PyErr::from_value(error))
-                        }
-                    });
+                    let answer = match value {
+                        Ok(value) => this.complete(lead, value, self.request.ttl).map(Ok),
+                        Err(error) => this
+                            .settle_error(lead, &error, self.request.ttl)
+                            .map(|_| Err(PyErr::from_value(error))),
+                    };
+                    match answer {
+                        Ok(answer) => answers[index] = Some(answer),
+                        Err(error) => interrupted = interrupted.and(Err(error)),
+                    }
                 }
-                Ok(())
+                interrupted
             }
             Err(error) => {
                 let py = self.coalescer.py();
                 let exception = error.into_value(py).into_bound(py).into_any();
+                let mut interrupted = Ok(false);
                 for (_, lead) in leads {
-                    this.settle_error(lead, &exception, self.request.ttl)?;
+                    interrupted = interrupted.and(this.settle_error(lead, &exception, self.request.ttl));
                 }
-                Err(PyErr::from_value(exception))
+                interrupted.and_then(|_| Err(PyErr::from_value(exception)))
             }
         }
     }
