@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from llm_batch_coalesce._fleet_wire import Landed
 
 
+# An outcome of up to so many bytes comes with the message, which saves a round trip; a larger one is read once.
+_IN_A_MESSAGE = 16_384
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """Run a script on the server; the answer is what it returns."""
@@ -76,6 +80,7 @@ class Lease:
 
     digest: str
     token: str
+    flight: str
 
 
 Step = Ask | Read | Watch | Await | Call
@@ -112,7 +117,7 @@ def flight(
         except BackendTroubleError as trouble:
             return (yield from _alone(fleet, trouble))
         if word == "lead":
-            return (yield from _lead(fleet, Lease(digest, token), ttl_seconds))
+            return (yield from _lead(fleet, Lease(digest, token, rest[0].decode()), ttl_seconds))
         if word == "outcome":
             try:
                 landed = unpack(fleet.serializer, rest[0])
@@ -125,7 +130,11 @@ def flight(
             return _given(fleet, landed, rest[1] / 1000)
         joined = True
         awaited = rest[0].decode()
-        message = yield from _message(fleet, digest, max(0.001, rest[1] / 1000), until, timeout)
+        lapse = time.monotonic() + rest[1] / 1000
+        message = yield from _message(fleet, digest, lapse, until, timeout)
+        # What a flight that was forgotten has to say is not for those who came later.
+        while message is not None and message.flight != awaited:
+            message = yield from _message(fleet, digest, lapse, until, timeout)
         if message is not None and message.word == "done":
             landed_now = yield from _read(fleet, key, message)
             if landed_now is not None:
@@ -139,7 +148,7 @@ def _checked(answer: Any) -> tuple[Any, ...]:  # noqa: ANN401 - whatever the ser
     try:
         word = answer[0].decode()
         if word == "lead":
-            return (word,)
+            return (word, answer[1])
         if word in {"outcome", "wait"}:
             return (word, answer[1], int(answer[2]))
     except (AttributeError, IndexError, TypeError, ValueError) as error:
@@ -148,12 +157,10 @@ def _checked(answer: Any) -> tuple[Any, ...]:  # noqa: ANN401 - whatever the ser
 
 
 def _message(
-    fleet: Fleet, digest: str, lease_seconds: float, until: float | None, timeout: float | None
+    fleet: Fleet, digest: str, lapse: float, until: float | None, timeout: float | None
 ) -> Generator[Step, Any, Message | None]:
-    seconds = lease_seconds
-    if until is not None:
-        seconds = min(seconds, max(0.0, until - time.monotonic()))
-    message = yield Await(digest, seconds)
+    end = lapse if until is None else min(lapse, until)
+    message = yield Await(digest, max(0.001, end - time.monotonic()))
     if message is None and until is not None and time.monotonic() >= until:
         fleet.count("timeouts")
         raise WaitTimeoutError(f"the call of another process was not done within {timeout} seconds")
@@ -163,11 +170,13 @@ def _message(
 def _read(fleet: Fleet, key: FleetKey, message: Message) -> Generator[Step, Any, Landed | None]:
     """Read what a message tells of. None if it is gone, or damaged: claim again."""
     names, digest = fleet.names, key.digest
-    place = names.outcome(digest) if message.place == "key" else names.late(digest, message.token)
-    try:
-        payload = yield Read(place)
-    except BackendTroubleError:
-        return None
+    place = names.outcome(digest) if message.place == "key" else names.late(digest, message.flight)
+    payload: bytes | None = message.payload
+    if not payload:
+        try:
+            payload = yield Read(place)
+        except BackendTroubleError:
+            return None
     if payload is None:
         return None
     try:
@@ -223,8 +232,10 @@ def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[St
 def _complete(fleet: Fleet, lease: Lease, payload: bytes, ttl_seconds: float) -> Generator[Step, Any, bool]:
     """Share a payload. False if the lease was lost, so that it is not to be retained here, either."""
     names, digest, token = fleet.names, lease.digest, lease.token
-    keys = [names.flight(digest), names.forgotten(digest, token), names.outcome(digest), names.late(digest, token)]
-    args: list[str | bytes | int] = [token, payload, _milliseconds(ttl_seconds), fleet.lease_ms, digest]
+    late = names.late(digest, lease.flight)
+    keys = [names.flight(digest), names.forgotten(digest, token), names.outcome(digest), late]
+    ttl = _milliseconds(ttl_seconds)
+    args: list[str | bytes | int] = [token, payload, ttl, fleet.lease_ms, digest, lease.flight, _IN_A_MESSAGE]
     answer = yield from _tell(fleet, Ask(scripts.COMPLETE, keys, args))
     if answer == 0:
         fleet.count("leases_lost")
@@ -235,7 +246,11 @@ def _complete(fleet: Fleet, lease: Lease, payload: bytes, ttl_seconds: float) ->
 
 def _release(fleet: Fleet, lease: Lease) -> Ask:
     names, digest, token = fleet.names, lease.digest, lease.token
-    return Ask(scripts.RELEASE, [names.flight(digest), names.forgotten(digest, token)], [token, fleet.lease_ms, digest])
+    return Ask(
+        scripts.RELEASE,
+        [names.flight(digest), names.forgotten(digest, token)],
+        [token, fleet.lease_ms, digest, lease.flight],
+    )
 
 
 def _tell(fleet: Fleet, ask: Ask) -> Generator[Step, Any, Any]:
@@ -252,7 +267,7 @@ def _alone(fleet: Fleet, trouble: BackendTroubleError) -> Generator[Step, Any, A
     fleet.note_trouble(trouble)
     if fleet.on_backend_error == "raise":
         raise BackendError(f"the server cannot be used: {trouble}") from trouble
-    return (yield Call(Lease("", "")))
+    return (yield Call(Lease("", "", "")))
 
 
 def _report_damage(fleet: Fleet, damage: DamagedError) -> None:
@@ -273,21 +288,23 @@ class Message:
     """A message about a flight."""
 
     word: Literal["done", "free"]
-    token: str
+    flight: str
     place: str
+    payload: bytes
 
 
 def parse_message(content: object) -> tuple[str, Message | None] | None:
     """Read a message: its digest, and the message itself, or None for a key to forget. None if it is none of ours."""
     if not isinstance(content, bytes):
         return None
-    parts = content.decode("ascii", "replace").split(" ")
-    if parts[0] == "forget" and len(parts) == 2:  # noqa: PLR2004
-        return parts[1], None
-    if parts[0] == "done" and len(parts) == 4:  # noqa: PLR2004
-        return parts[1], Message("done", parts[2], parts[3])
-    if parts[0] == "free" and len(parts) == 3:  # noqa: PLR2004
-        return parts[1], Message("free", parts[2], "")
+    word, *rest = content.split(b" ", 4)
+    parts = [part.decode("ascii", "replace") for part in rest[:3]]
+    if word == b"forget" and len(rest) == 1:
+        return parts[0], None
+    if word == b"done" and len(rest) == 4:  # noqa: PLR2004
+        return parts[0], Message("done", parts[1], parts[2], rest[3])
+    if word == b"free" and len(rest) == 2:  # noqa: PLR2004
+        return parts[0], Message("free", parts[1], "", b"")
     return None
 
 

@@ -9,7 +9,8 @@ joins it. An outcome that is not retained is readable under the flight's token f
 """
 
 # KEYS: flight, outcome, [outcome of the flight that was waited for]. ARGV: token, lease in ms, inbox, [damaged outcome].
-# Returns {"outcome", payload, ms left}, {"lead"} or {"wait", token, ms left of the lease}.
+# Returns {"outcome", payload, ms left}, {"lead", flight's name} or {"wait", flight's name, ms left of the lease}. A flight
+# is named by the token of its first leader; who takes it over has a token of its own.
 CLAIM = """
 local function get(key)
   local value = redis.pcall('GET', key)
@@ -30,11 +31,12 @@ for number = 2, #KEYS do
     return {'outcome', value, number == 2 and left or 0}
   end
 end
-local token = redis.pcall('HGET', KEYS[1], 'token')
-if type(token) == 'table' then
+local fields = redis.pcall('HMGET', KEYS[1], 'token', 'name')
+if fields.err then
   redis.call('DEL', KEYS[1])
-  token = false
+  fields = {false, false}
 end
+local token, name = fields[1], fields[2]
 if token then
   redis.call('HSET', KEYS[1], 'inbox:' .. ARGV[3], '1')
   local left = redis.call('PTTL', KEYS[1])
@@ -42,12 +44,16 @@ if token then
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
     left = tonumber(ARGV[2])
   end
-  return {'wait', token, left}
+  return {'wait', name or token, left}
 end
-redis.call('HDEL', KEYS[1], 'inbox:' .. ARGV[3])
-redis.call('HSET', KEYS[1], 'token', ARGV[1])
+if name then
+  redis.call('HDEL', KEYS[1], 'inbox:' .. ARGV[3])
+else
+  name = ARGV[1]
+end
+redis.call('HSET', KEYS[1], 'token', ARGV[1], 'name', name)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return {'lead'}
+return {'lead', name}
 """
 
 _HELD = """
@@ -69,8 +75,8 @@ local function inboxes(flight)
 end
 """
 
-# KEYS: flight, forgotten flight, outcome, outcome under the token. ARGV: token, payload, TTL in ms, lease in ms, digest.
-# Returns whether the token still held the lease: 0 or 1.
+# KEYS: flight, forgotten flight, outcome, outcome under the flight's name. ARGV: token, payload, TTL in ms, lease in ms,
+# digest, flight's name, how many bytes a message may hold: a smaller payload comes with it. Returns whether the token still held the lease: 0 or 1.
 COMPLETE = (
     _HELD
     + """
@@ -80,21 +86,25 @@ if not flight then
 end
 local names = inboxes(flight)
 redis.call('DEL', flight)
-local place = 'token'
+local place = 'name'
 if tonumber(ARGV[3]) > 0 and not forgotten then
   redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[3])
   place = 'key'
 elseif #names > 0 then
   redis.call('SET', KEYS[4], ARGV[2], 'PX', ARGV[4])
 end
+local message = 'done ' .. ARGV[5] .. ' ' .. ARGV[6] .. ' ' .. place .. ' '
+if #ARGV[2] <= tonumber(ARGV[7]) then
+  message = message .. ARGV[2]
+end
 for _, name in ipairs(names) do
-  redis.call('PUBLISH', name, 'done ' .. ARGV[5] .. ' ' .. ARGV[1] .. ' ' .. place)
+  redis.call('PUBLISH', name, message)
 end
 return 1
 """
 )
 
-# KEYS: flight, forgotten flight. ARGV: token, lease in ms, digest. Lets one of those that wait lead.
+# KEYS: flight, forgotten flight. ARGV: token, lease in ms, digest, flight's name. Lets one of those that wait lead.
 RELEASE = (
     _HELD
     + """
@@ -111,7 +121,7 @@ else
 end
 for number, name in ipairs(names) do
   if number == 1 or forgotten then
-    redis.call('PUBLISH', name, 'free ' .. ARGV[3] .. ' ' .. ARGV[1])
+    redis.call('PUBLISH', name, 'free ' .. ARGV[3] .. ' ' .. ARGV[4])
   end
 end
 return 1
