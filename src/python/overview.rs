@@ -50,7 +50,7 @@ pub(super) fn flights<'py>(
     let streams = streams.map(|streams| streams.flights()).unwrap_or_default();
     let streams = streams.iter().map(|view| Viewed {
         call: view.call.as_ref().and_then(|stream| stream.leader()),
-        waiters: view.call.as_ref().map_or(0, |stream| stream.log.readers().saturating_sub(1)),
+        waiters: view.call.as_ref().map_or(0, |stream| stream.readers_besides_leader()),
         ..Viewed::of(view, true)
     });
     calls.chain(streams).map(show).collect()

@@ -66,6 +66,10 @@ impl SharedStream {
         self.task.lock().as_ref().map(Python3::share_call)
     }
 
+    pub(super) fn readers_besides_leader(&self) -> usize {
+        self.log.readers().saturating_sub(usize::from(self.leader_reads.load(Ordering::Acquire)))
+    }
+
     /// Adds an item. False if the stream is over.
     pub(super) fn append(&self, item: Py<PyAny>, release: bool) -> bool {
         match self.log.append(Outcome::Value(item), release) {
