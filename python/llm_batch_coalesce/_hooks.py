@@ -2,11 +2,11 @@
 
 from llm_batch_coalesce._copying import copy_error, stand_in
 from llm_batch_coalesce._core import _install
-from llm_batch_coalesce._many import gather, match_values, single
+from llm_batch_coalesce._many import distinct, gather_lists, match_values, single
 from llm_batch_coalesce._reports import Outcome, report_over_age
 from llm_batch_coalesce._sharing import cancelled_error, deadlock_error, recursive_error, settle, timeout_error
 from llm_batch_coalesce._store import adapt_store, report_store_error
-from llm_batch_coalesce._streams import iterate, lost_stream_error, stream_lag_error
+from llm_batch_coalesce._streams import close_both, iterate, lost_stream_error, stream_lag_error
 from llm_batch_coalesce._sync import refuse
 from llm_batch_coalesce._tasks import call_is_lost, cancel_call
 
@@ -27,7 +27,9 @@ _install(
     report_store_error=report_store_error,
     match_values=match_values,
     single=single,
-    gather=gather,
+    distinct=distinct,
+    gather=gather_lists,
+    close_both=close_both,
     report_over_age=report_over_age,
     cancel_call=cancel_call,
     call_is_lost=call_is_lost,

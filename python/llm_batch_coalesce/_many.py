@@ -1,7 +1,7 @@
 """Many keys in one call: matching its result with the keys, and what a caller gets in the end."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_batch_coalesce._core import Token
@@ -50,6 +50,19 @@ def match_values(keys: list[Hashable], result: object) -> list[tuple[Any, Missin
         reason = f"fn returned {len(values)} values for {len(keys)} keys"
         return [(None, MissingKeysError([key], reason=reason)) for key in keys]
     return [(value, None) for value in values]
+
+
+def distinct(keys: Iterable[Hashable]) -> list[Hashable]:
+    """Leave out keys that are equal to one before."""
+    return list(dict.fromkeys(keys))
+
+
+def gather_lists(keys: list[Hashable], values: list[Any], errors: list[BaseException | None]) -> dict[Hashable, Any]:
+    """Return what a thread gets in the end, or raise what concerns it."""
+    found = {key: value for key, value, error in zip(keys, values, errors, strict=True) if error is None}
+    failed = {key: error for key, error in zip(keys, errors, strict=True) if error is not None}
+    errors.clear()
+    return gather(keys, found, failed)
 
 
 def gather(

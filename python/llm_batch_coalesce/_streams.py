@@ -83,6 +83,18 @@ def iterate(fn: Callable[[], Any]) -> tuple[Iterator[Any], Any]:
     raise CallResultError(f"fn must return an iterator, not {shown(upstream)}; use AsyncBatchCoalescer for async ones")
 
 
+def close_both(iterator: Any, iterated: Any) -> None:  # noqa: ANN401 - whatever `fn` has returned
+    """Close an iterator as generators are closed, and what it iterates over; some have nothing to close."""
+    try:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
+    finally:
+        close = getattr(iterated, "close", None)
+        if close is not None:
+            close()
+
+
 async def pull_in_thread(pull: Callable[[Any], None], fn: Callable[[], Any]) -> None:
     """Run a task's pull in a thread of its own: those of a pool may all be readers that wait for it."""
     loop = asyncio.get_running_loop()

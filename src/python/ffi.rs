@@ -86,6 +86,23 @@ pub(super) fn call_method<'py, const N: usize>(
     unsafe { Bound::from_owned_ptr_or_err(name.py(), result) }
 }
 
+/// The same; the last arguments have these names.
+pub(super) fn call_method_named<'py, const N: usize>(
+    name: &Bound<'py, PyString>,
+    arguments: [&Bound<'py, PyAny>; N],
+    names: &Bound<'py, PyTuple>,
+) -> PyResult<Bound<'py, PyAny>> {
+    assert!(N > names.len(), "a method has an object, which has no name");
+    let call = unwinding!(PyObject_VectorcallMethod as Vectorcall);
+    let arguments = arguments.map(Bound::as_ptr);
+    let positional = N - names.len();
+    // SAFETY: attached; the arguments and the names are borrowed for the call, and there is an argument for each name.
+    let result =
+        stop_unwinding(|| unsafe { call(name.as_ptr(), arguments.as_ptr(), positional, names.as_ptr()) });
+    // SAFETY: a new reference, or null with an exception set.
+    unsafe { Bound::from_owned_ptr_or_err(name.py(), result) }
+}
+
 /// What `hash()` returns, as it is in memory.
 #[inline]
 pub(super) fn hash(object: &Bound<'_, PyAny>) -> PyResult<u64> {

@@ -44,8 +44,13 @@ pub(super) struct Hooks {
     pub(super) match_values: Py<PyAny>,
     /// `(fn, key) -> callable`: a call for many keys as one for this key alone.
     pub(super) single: Py<PyAny>,
-    /// `(keys, values, errors) -> dict`: what a caller of many keys gets, or raises what it is to raise.
+    /// `(keys) -> list`: without those that are equal to one before.
+    pub(super) distinct: Py<PyAny>,
+    /// `(keys, values, errors) -> dict`: what a caller of many keys gets, or raises what it is to raise. Of each key there is
+    /// a value, or an error in the place of None.
     pub(super) gather: Py<PyAny>,
+    /// `(iterator, what it iterates over | None) -> None`: closes both, if they can be closed.
+    pub(super) close_both: Py<PyAny>,
     /// `(key, coalescer's name, seconds) -> None`: logs a flight that is over age.
     pub(super) report_over_age: Py<PyAny>,
     /// `(weak task) -> None`: cancels a call's task, from any thread.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::PyList;
 
 use super::answer::{Request, find};
 use super::coalescer::Coalescer;
@@ -127,12 +127,17 @@ pub(super) fn get_or_call_many<'py>(
     let asked = Batch { coalescer, wanted: &wanted, r#fn, timeout, request };
     asked.lead(leads, &mut answers)?;
     asked.wait(places, &mut answers)?;
-    let (values, errors) = (PyDict::new(py), PyDict::new(py));
-    for (key, answer) in wanted.iter().zip(answers) {
-        match answer {
-            Some(Ok(value)) => values.set_item(key, value)?,
-            Some(Err(error)) => errors.set_item(key, error.into_value(py))?,
-            None => {}
+    let (values, errors) = (PyList::empty(py), PyList::empty(py));
+    for answer in answers {
+        match answer.unwrap_or_else(|| Ok(py.None().into_bound(py))) {
+            Ok(value) => {
+                values.append(value)?;
+                errors.append(py.None())?;
+            }
+            Err(error) => {
+                values.append(py.None())?;
+                errors.append(error.into_value(py))?;
+            }
         }
     }
     let wanted = PyList::new(py, &wanted)?;
@@ -141,11 +146,8 @@ pub(super) fn get_or_call_many<'py>(
 
 /// The keys without those that are equal to one before, in their order.
 fn distinct<'py>(keys: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let distinct = PyDict::new(keys.py());
-    for key in keys.try_iter()? {
-        distinct.set_item(key?, keys.py().None())?;
-    }
-    Ok(distinct.keys().iter().collect())
+    let distinct = ffi::call(Hooks::get(keys.py())?.distinct.bind(keys.py()), [keys])?;
+    Ok(distinct.cast::<PyList>()?.iter().collect())
 }
 
 /// A request of a thread for many keys.

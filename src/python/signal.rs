@@ -10,7 +10,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyDict;
+use pyo3::types::PyTuple;
 
 use super::ffi;
 
@@ -74,11 +74,12 @@ impl Signal {
 
     /// Has the loop resume the task soon.
     fn resume_soon(slf: &Bound<'_, Self>, callback: (Py<PyAny>, Option<Py<PyAny>>)) -> PyResult<()> {
+        static NAMES: PyOnceLock<Py<PyTuple>> = PyOnceLock::new();
         let py = slf.py();
-        let call_soon = slf.get().event_loop.bind(py).getattr(intern!(py, "call_soon"))?;
-        let named = PyDict::new(py);
-        named.set_item(intern!(py, "context"), callback.1)?;
-        call_soon.call((callback.0, slf), Some(&named)).map(drop)
+        let names = NAMES.get_or_try_init(py, || PyTuple::new(py, ["context"]).map(Bound::unbind))?.bind(py);
+        let (function, context) = (callback.0.bind(py), callback.1.into_pyobject(py)?);
+        let arguments = [slf.get().event_loop.bind(py), function, slf.as_any(), &context];
+        ffi::call_method_named(intern!(py, "call_soon"), arguments, names).map(drop)
     }
 }
 

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use pyo3::intern;
 use pyo3::prelude::*;
 
 use super::coalescer::Coalescer;
 use super::family::{Outcome, Python3, TaskCall, check_interrupt, undisturbed};
 use super::ffi;
+use super::hooks::Hooks;
 use super::inside::{Call, Inside};
 use super::key;
 use super::options::Ttl;
@@ -149,16 +149,8 @@ impl SharedStream {
 
     /// Closes an iterator as generators are closed, and what it iterates over; some have nothing to close.
     pub(super) fn close_upstream(&self, upstream: &Bound<'_, PyAny>) -> PyResult<()> {
-        let closed = close(upstream);
-        let iterated = self.iterated.take();
-        iterated.map_or(Ok(()), |iterated| close(iterated.bind(upstream.py()))).and(closed)
-    }
-}
-
-fn close(object: &Bound<'_, PyAny>) -> PyResult<()> {
-    match object.getattr_opt(intern!(object.py(), "close"))? {
-        Some(close) => ffi::call(&close, []).map(drop),
-        None => Ok(()),
+        let iterated = self.iterated.take().into_pyobject(upstream.py())?;
+        ffi::call(Hooks::get(upstream.py())?.close_both.bind(upstream.py()), [upstream, &iterated]).map(drop)
     }
 }
 

@@ -107,7 +107,7 @@ fn every_task_is_woken_once_but_not_the_caller_whose_call_it_is() {
         [join_as(&map, KEY, 1, tasks.task(1)), join_as(&map, KEY, 2, tasks.task(2)), join(&map, KEY)];
     assert!(cancel(&map, KEY));
     assert_eq!(tasks.woken(), [1, 2]);
-    assert_eq!(waiters.each_ref().map(|place| place.standing()), [Standing::Cancelled; 3]);
+    assert_eq!(waiters.each_ref().map(llm_batch_coalesce::lead::Place::standing), [Standing::Cancelled; 3]);
     assert_eq!((led.caller.standing(), led.call.cancelled()), (Standing::Waiting, false));
     drop(waiters);
 
@@ -145,10 +145,10 @@ fn only_the_keys_present_flight_is_cancelled() {
     let other = lead(&map, KEY + 1);
     let elsewhere = join(&map, KEY + 1);
     assert!(cancel(&map, KEY));
-    let standings = [&early, &late, &elsewhere].map(|place| place.standing());
+    let standings = [&early, &late, &elsewhere].map(llm_batch_coalesce::lead::Place::standing);
     assert_eq!(standings, [Standing::Waiting, Standing::Cancelled, Standing::Waiting]);
     drop((forgotten, present, other));
-    let standings = [&early, &late, &elsewhere].map(|place| place.standing());
+    let standings = [&early, &late, &elsewhere].map(llm_batch_coalesce::lead::Place::standing);
     assert_eq!(standings, [Standing::Offered, Standing::Cancelled, Standing::Offered]);
 }
 

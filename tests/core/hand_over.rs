@@ -18,7 +18,7 @@ fn a_dropped_lead_goes_to_the_first_waiter() {
     let map = Map::<Plain>::new(Settings::default());
     let leads = lead(&map, KEY);
     let waiters = [(); 3].map(|()| join(&map, KEY));
-    let standings = || waiters.each_ref().map(|place| place.standing());
+    let standings = || waiters.each_ref().map(llm_batch_coalesce::lead::Place::standing);
     assert!(waiters[0].take_lead(0).is_none(), "a lead that was not offered");
 
     drop(leads);

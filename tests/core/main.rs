@@ -5,6 +5,7 @@
 //! did, hold it (`support::Clock`).
 #![cfg(not(loom))]
 
+mod busy;
 mod cancel;
 mod circle;
 mod clear;

@@ -19,7 +19,7 @@ const BLOCKED: usize = 1 << 40;
 const ALSO_BLOCKED: usize = BLOCKED + 1;
 
 fn standings<const N: usize>(places: [&Place<Plain>; N]) -> [Standing; N] {
-    places.map(|place| place.standing())
+    places.map(llm_batch_coalesce::lead::Place::standing)
 }
 
 #[test]

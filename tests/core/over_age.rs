@@ -41,7 +41,7 @@ fn the_next_caller_leads_and_present_waiters_keep_theirs() {
     assert_eq!((map.keys(), map.flights().len(), load(&map)), (1, 2, (2, 0)));
 
     assert!(new.complete(Outcome::new(2), FOREVER, false));
-    assert_eq!([&early, &later].map(|place| place.standing()), [Standing::Waiting; 2]);
+    assert_eq!([&early, &later].map(llm_batch_coalesce::lead::Place::standing), [Standing::Waiting; 2]);
     assert!(old.complete(Outcome::new(1), FOREVER, false));
     assert_eq!((read(&early), read(&later), read(&late)), (1, 1, 2));
     assert_eq!((hit(&map, KEY), map.keys(), load(&map)), (Some(2), 1, (0, 1)));

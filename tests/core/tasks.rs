@@ -36,7 +36,7 @@ fn lead_on_loop_1(map: &Arc<Map<Plain>>, tasks: &Tasks) -> Led {
 }
 
 fn standings<const N: usize>(places: [&Place<Plain>; N]) -> [Standing; N] {
-    places.map(|place| place.standing())
+    places.map(llm_batch_coalesce::lead::Place::standing)
 }
 
 #[test]

@@ -14,12 +14,14 @@
 //! 9. `put`: what is put is what is found from then on, whatever lands at that moment.
 //! 10. `room`: of outcomes that come at once as many are dropped as are too many, and what goes makes room once.
 //! 11. `stream`: no reader of a shared stream misses an item or its end, one of them pulls, and the last ends it.
+//! 12. `busy`: a waiter that is busy at first is served, offered the lead or told to ask again, whenever it begins to wait.
 //!
 //! Run with `RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=2 CARGO_TARGET_DIR=target/loom cargo test
 //! --no-default-features --test loom`. A model that fails names the broken promise; a deadlock is a lost wakeup.
 #![cfg(loom)]
 
 mod baton;
+mod busy;
 mod cancel;
 mod election;
 mod forget;
