@@ -207,7 +207,7 @@ impl Coalescer {
         } else {
             self.note(key);
             self.note(value);
-            let outcome = Outcome::Value(value.clone().unbind());
+            let outcome = Outcome::Value(value.clone().unbind().into());
             self.map().put(hash, key.clone().unbind(), outcome, ttl.nanos)?;
         }
         Ok(())
@@ -603,7 +603,7 @@ impl Coalescer {
     ) -> PyResult<Bound<'py, PyAny>> {
         let (value, ttl) = Retain::open(value, ttl.unwrap_or(self.made().options.ttl));
         self.note(&value);
-        lead.complete(Outcome::Value(value.clone().unbind()), ttl.nanos, false);
+        lead.complete(Outcome::Value(value.clone().unbind().into()), ttl.nanos, false);
         check_interrupt()?;
         Ok(value)
     }

@@ -24,7 +24,7 @@ impl Coalescer {
         let delivered = match self.shared_error(error, ttl)? {
             None => lead.abandon(true),
             Some((template, ttl)) => {
-                lead.complete(Outcome::Error(template), ttl.nanos, true);
+                lead.complete(Outcome::Error(template.into()), ttl.nanos, true);
                 true
             }
         };

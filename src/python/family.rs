@@ -19,9 +19,52 @@ use crate::waiter::Waiter;
 pub(super) struct Python3;
 
 pub(super) enum Outcome {
-    Value(Py<PyAny>),
+    Value(Held),
     /// A template that is never raised: each caller gets a copy.
-    Error(Py<PyAny>),
+    Error(Held),
+}
+
+/// A user's object, whose `__del__` may run when it is dropped, on whatever thread.
+pub(super) struct Held(Option<Py<PyAny>>);
+
+impl From<Py<PyAny>> for Held {
+    fn from(object: Py<PyAny>) -> Self {
+        Self(Some(object))
+    }
+}
+
+impl Held {
+    #[inline]
+    pub(super) fn bind<'a, 'py>(&'a self, py: Python<'py>) -> &'a Bound<'py, PyAny> {
+        self.object().bind(py)
+    }
+
+    #[inline]
+    #[expect(clippy::unwrap_used, reason = "only its drop takes it out")]
+    pub(super) fn object(&self) -> &Py<PyAny> {
+        self.0.as_ref().unwrap()
+    }
+}
+
+impl Held {
+    #[expect(clippy::unwrap_used, reason = "as above")]
+    pub(super) fn into_object(mut self) -> Py<PyAny> {
+        self.0.take().unwrap()
+    }
+}
+
+impl From<Bound<'_, PyAny>> for Held {
+    fn from(object: Bound<'_, PyAny>) -> Self {
+        Self(Some(object.unbind()))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(object) = self.0.take() {
+            ffi::release(object);
+        }
+    }
 }
 
 impl Outcome {

@@ -36,6 +36,7 @@ fn stop_unwinding<R>(call: impl FnOnce() -> R) -> R {
 type CallNoArgs = unsafe extern "C-unwind" fn(*mut PyObject) -> *mut PyObject;
 type Vectorcall =
     unsafe extern "C-unwind" fn(*mut PyObject, *const *mut PyObject, usize, *mut PyObject) -> *mut PyObject;
+type DecRef = unsafe extern "C-unwind" fn(*mut PyObject);
 type Hash = unsafe extern "C-unwind" fn(*mut PyObject) -> isize;
 type RichCompareBool = unsafe extern "C-unwind" fn(*mut PyObject, *mut PyObject, i32) -> i32;
 type CheckSignals = unsafe extern "C-unwind" fn() -> i32;
@@ -101,6 +102,14 @@ pub(super) fn call_method_named<'py, const N: usize>(
         stop_unwinding(|| unsafe { call(name.as_ptr(), arguments.as_ptr(), positional, names.as_ptr()) });
     // SAFETY: a new reference, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(name.py(), result) }
+}
+
+/// Gives up an object, which may run its `__del__`.
+pub(super) fn release(object: Py<PyAny>) {
+    let release = unwinding!(Py_DecRef as DecRef);
+    let object = object.into_ptr();
+    // SAFETY: attached, since the core drops objects only where it is; the reference was owned.
+    stop_unwinding(|| unsafe { release(object) });
 }
 
 /// What `hash()` returns, as it is in memory.

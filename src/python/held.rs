@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::family::{Outcome, Python3};
+use super::family::{Held, Outcome, Python3};
 use super::streams::Streams;
 use crate::flight::Flight;
 use crate::map::Map;
@@ -52,11 +52,11 @@ fn visit_stream(flight: &Flight<Streams>, visit: &PyVisit<'_>) -> Result<(), PyT
         }
     };
     for slot in [&stream.upstream, &stream.iterated] {
-        slot.try_lock().iter().filter_map(|held| held.as_ref()).for_each(&mut look);
+        slot.try_lock().iter().filter_map(|held| held.as_ref().map(Held::object)).for_each(&mut look);
     }
     stream.log.for_each(|outcome| {
         let (Outcome::Value(object) | Outcome::Error(object)) = outcome;
-        look(object);
+        look(object.object());
     });
     stream.log.for_each_task(|task| {
         look(&task.event_loop);
@@ -69,7 +69,7 @@ fn visit_stream(flight: &Flight<Streams>, visit: &PyVisit<'_>) -> Result<(), PyT
 fn visit_flight(flight: &Flight<Python3>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
     visit.call(flight.key())?;
     match flight.retained_at_all() {
-        Some(Outcome::Value(object) | Outcome::Error(object)) => visit.call(object),
+        Some(Outcome::Value(object) | Outcome::Error(object)) => visit.call(object.object()),
         None => Ok(()),
     }
 }

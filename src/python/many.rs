@@ -42,10 +42,19 @@ pub(super) fn admit<'py, J>(
     refuse: impl Fn(&J),
 ) -> PyResult<Vec<Admitted<'py, J>>> {
     let mut admitted = Vec::with_capacity(keys.len());
+    // The next key's `__eq__` may ask for one that was claimed before.
+    let mut claimed = Vec::new();
     let refused = keys.iter().find_map(|key| {
         let found = admit_one(coalescer, key, loop_id, &inside, request, &join);
-        found.map(|found| admitted.push(found)).err()
+        let keep = |found| {
+            if let Admitted::Leads(lead) = &found {
+                claimed.push(Led::begin(Call::of(lead)));
+            }
+            admitted.push(found);
+        };
+        found.map(keep).err()
     });
+    drop(claimed);
     let Some(error) = refused else { return Ok(admitted) };
     // What is refused is no request.
     for admitted in admitted {

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 
 use super::coalescer::Coalescer;
-use super::family::{Shared, TaskWaiter, check_interrupt, running_loop, undisturbed};
+use super::family::{Held, Shared, TaskWaiter, check_interrupt, running_loop, undisturbed};
 use super::ffi;
 use super::hooks::Hooks;
 use super::inside::{Inside, Led};
@@ -201,28 +201,28 @@ impl StreamReader {
 
     fn next_item(&self, r#fn: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyAny>>> {
         let py = r#fn.py();
-        let upstream = if let Some(upstream) = self.stream.upstream.take() {
-            upstream.into_bound(py)
+        let upstream: Held = if let Some(upstream) = self.stream.upstream.take() {
+            upstream
         } else {
             let begun = ffi::call(Hooks::get(py)?.iterate.bind(py), [r#fn])?;
             let (upstream, iterated): (Bound<'_, PyAny>, Bound<'_, PyAny>) = begun.extract()?;
             self.coalescer.get().note(&upstream);
             if !iterated.is(&upstream) {
                 self.coalescer.get().note(&iterated);
-                self.stream.iterated.put(iterated.unbind());
+                self.stream.iterated.put(iterated.into());
             }
-            upstream
+            upstream.into()
         };
-        match ffi::call_method(intern!(py, "__next__"), [&upstream]) {
+        match ffi::call_method(intern!(py, "__next__"), [upstream.bind(py)]) {
             Ok(item) => {
                 self.coalescer.get().note(&item);
-                self.stream.upstream.put(upstream.unbind());
+                self.stream.upstream.put(upstream);
                 Ok(Some(item.unbind()))
             }
             Err(error) if error.is_instance_of::<PyStopIteration>(py) => Ok(None),
             Err(error) => {
-                if let Err(unclosed) = self.stream.close_upstream(&upstream) {
-                    unclosed.write_unraisable(py, Some(&upstream));
+                if let Err(unclosed) = self.stream.close_upstream(upstream.bind(py)) {
+                    unclosed.write_unraisable(py, Some(upstream.bind(py)));
                 }
                 Err(error)
             }

@@ -70,7 +70,7 @@ impl StreamSource {
     /// over, and it is the caller's own business.
     fn close_with(&self, closer: Py<PyAny>) -> bool {
         self.coalescer.get().note(closer.bind(ffi::attached()));
-        self.stream.upstream.put(closer);
+        self.stream.upstream.put(closer.into());
         // Whoever takes it out has it.
         !(self.stream.log.is_over() && self.stream.upstream.take().is_some())
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 
 use super::coalescer::Coalescer;
-use super::family::{Outcome, Python3, TaskCall, check_interrupt, undisturbed};
+use super::family::{Held, Outcome, Python3, TaskCall, check_interrupt, undisturbed};
 use super::ffi;
 use super::hooks::Hooks;
 use super::inside::{Call, Inside};
@@ -17,6 +17,7 @@ use super::options::Ttl;
 use super::slot::Slot;
 use crate::circle::Target;
 use crate::family::Family;
+use crate::flight::Flight;
 use crate::lead::Lead;
 use crate::map::Found;
 use crate::stream::{End, Reader, Stream};
@@ -35,9 +36,9 @@ pub(super) struct SharedStream {
     pub(super) ttl: Option<Ttl>,
     /// The iterator that readers pull, between two pulls; or what closes the upstream of a pump. The last reader to leave
     /// closes it.
-    pub(super) upstream: Slot<Py<PyAny>>,
+    pub(super) upstream: Slot<Held>,
     /// What that iterates over, if it is something else.
-    pub(super) iterated: Slot<Py<PyAny>>,
+    pub(super) iterated: Slot<Held>,
     /// The task that pumps, and its caller's.
     task: Slot<TaskCall>,
     /// Whether the reader that leads is still there, and the error that it is to get.
@@ -72,7 +73,7 @@ impl SharedStream {
 
     /// Adds an item. False if the stream is over.
     pub(super) fn append(&self, item: Py<PyAny>, release: bool) -> bool {
-        match self.log.append(Outcome::Value(item), release) {
+        match self.log.append(Outcome::Value(item.into()), release) {
             Ok(appended) => {
                 if appended.closed {
                     let lead = self.lead.lock();
@@ -94,6 +95,8 @@ impl SharedStream {
 
     /// All items are there.
     pub(super) fn finish(self: &Arc<Self>, ttl: Ttl) {
+        // A last reader that leaves now must not break what is about to be retained.
+        self.log.see_through();
         if let Some(lead) = self.lead.take() {
             lead.complete(Arc::clone(self), ttl.nanos, false);
         }
@@ -102,10 +105,11 @@ impl SharedStream {
 
     /// Ends with an error for all readers.
     pub(super) fn fail(self: &Arc<Self>, template: Py<PyAny>, ttl: Ttl) {
+        self.log.see_through();
         if let Some(lead) = self.lead.take() {
             lead.complete(Arc::clone(self), ttl.nanos, true);
         }
-        self.log.end(End::Failed(Outcome::Error(template)));
+        self.log.end(End::Failed(Outcome::Error(template.into())));
     }
 
     /// Ends in a way that readers do not share; those that have read nothing start over.
@@ -114,7 +118,7 @@ impl SharedStream {
         if let Some(lead) = self.lead.take() {
             lead.abandon(failed);
         }
-        self.log.end(End::Broken(template.map(Outcome::Error)));
+        self.log.end(End::Broken(template.map(|template| Outcome::Error(template.into()))));
     }
 
     /// Keeps the original of an error for the reader that leads. False if that has left.
@@ -149,8 +153,10 @@ impl SharedStream {
 
     /// Closes an iterator as generators are closed, and what it iterates over; some have nothing to close.
     pub(super) fn close_upstream(&self, upstream: &Bound<'_, PyAny>) -> PyResult<()> {
-        let iterated = self.iterated.take().into_pyobject(upstream.py())?;
-        ffi::call(Hooks::get(upstream.py())?.close_both.bind(upstream.py()), [upstream, &iterated]).map(drop)
+        let (py, iterated) = (upstream.py(), self.iterated.take());
+        let none = py.None().into_bound(py);
+        let iterated = iterated.as_ref().map_or(&none, |iterated| iterated.bind(py));
+        ffi::call(Hooks::get(py)?.close_both.bind(py), [upstream, iterated]).map(drop)
     }
 }
 
@@ -193,7 +199,13 @@ pub(super) fn open(
                     return Ok(Opened { stream, reader, leads: false, counted: true, hash });
                 }
                 map.uncount_hit();
-                map.forget(hash, key.as_unbound())?;
+                let found = map.get(hash, key.as_unbound())?;
+                let is_it = |flight: &Arc<Flight<Streams>>| {
+                    flight.retained_at_all().is_some_and(|other| Arc::ptr_eq(other, &stream))
+                };
+                if let Some(flight) = found.filter(is_it) {
+                    map.let_go(&flight);
+                }
             }
             Found::Pending(flight) => {
                 let inside = if in_task { Inside::of_task(py)? } else { Inside::of_thread(py)? };

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use super::coalescer::Coalescer;
+use super::family::Held;
 use super::reader::StreamReader;
 use super::streams::Asked;
 use crate::stream::Turn;
@@ -29,7 +30,7 @@ enum State {
     /// Not begun, or not joined again.
     #[default]
     Outside,
-    Reading(StreamReader, IntoIter<Py<PyAny>>),
+    Reading(StreamReader, IntoIter<Held>),
     /// A thread is in it.
     Busy,
     Over,
@@ -84,11 +85,11 @@ impl ThreadStream {
                 State::Over | State::Busy => return Ok(None),
             };
             if let Some(item) = items.next() {
-                return Ok(Some((item, State::Reading(reader, items))));
+                return Ok(Some((item.into_object(), State::Reading(reader, items))));
             }
             state = match reader.turn(py)? {
                 Turn::Items(items) => {
-                    let items: Vec<_> = items.into_iter().map(Bound::unbind).collect();
+                    let items: Vec<_> = items.into_iter().map(Held::from).collect();
                     State::Reading(reader, items.into_iter())
                 }
                 Turn::Wait => {
@@ -170,7 +171,7 @@ impl ThreadStream {
         match &*self.lock() {
             State::Reading(reader, items) => {
                 reader.show(&visit)?;
-                items.as_slice().iter().try_for_each(|item| visit.call(item))
+                items.as_slice().iter().try_for_each(|item| visit.call(item.object()))
             }
             State::Outside | State::Busy | State::Over => Ok(()),
         }
