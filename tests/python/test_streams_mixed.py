@@ -1,15 +1,22 @@
 """Streams that threads and tasks of several loops share; circles of them; loops that close in the middle."""
 
 import asyncio
-import concurrent.futures
 import threading
+import types
 
 import pytest
 from faces import AskedInThread, refused
-from loops import PATIENCE, LoopThread, let_run, wait_until
+from loops import PATIENCE, LoopThread, wait_until
 from upstreams import HeldAsyncStream, HeldStream, Reader, wait_for_readers
 
-from llm_batch_coalesce import BatchCoalescer, CallResultError, DeadlockError, RecursiveCallError, SharedCallError
+from llm_batch_coalesce import (
+    BatchCoalescer,
+    CallResultError,
+    DeadlockError,
+    RecursiveCallError,
+    SharedCallError,
+    _streams,
+)
 
 
 @pytest.fixture
@@ -130,34 +137,21 @@ def test_upstream_is_closed_when_the_last_reader_is_cancelled_while_it_pulls(coa
     assert list(coalescer.stream("k", lambda: "new")) == ["n", "e", "w"]
 
 
-@pytest.mark.parametrize("way", ["cancelled", "refused"])
-def test_a_pull_that_has_not_begun_is_left_to_another(coalescer, tasks, way):
-    """The executor's threads are all busy, or it takes no more work."""
+def test_a_pull_that_cannot_begin_is_left_to_another(coalescer, tasks, monkeypatch):
+    """The system has no more threads."""
+
+    class Refused(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
     stream = coalescer.stream("k", lambda: range(5))
     assert next(stream) == 0
-    go = threading.Event()
-
-    async def main():
-        executor = concurrent.futures.ThreadPoolExecutor(1)
-        asyncio.get_running_loop().set_default_executor(executor)
-        busy = executor.submit(go.wait, PATIENCE)
-        if way == "refused":
-            executor.shutdown(wait=False)
-        reading = asyncio.create_task(Reader().read_in_task(tasks.stream("k", refused)))
-        await let_run()
-        reading.cancel()
-        result = await reading
-        rest = Reader().start(coalescer, refused)
-        try:
-            return result, list(stream), rest.result()
-        finally:
-            go.set()
-            busy.result(PATIENCE)
-
-    (items, error), rest, other = asyncio.run(main())
-    assert items == [0]
-    assert type(error) is (asyncio.CancelledError if way == "cancelled" else RuntimeError)
-    assert (rest, other) == ([1, 2, 3, 4], ([0, 1, 2, 3, 4], None))
+    with monkeypatch.context() as patch:
+        patch.setattr(_streams, "threading", types.SimpleNamespace(Thread=Refused))
+        items, error = asyncio.run(Reader().read_in_task(tasks.stream("k", refused)))
+    assert (items, type(error)) == ([0], RuntimeError)
+    other = Reader().start(coalescer, refused)
+    assert (list(stream), other.result()) == ([1, 2, 3, 4], ([0, 1, 2, 3, 4], None))
 
 
 def test_an_upstream_of_the_wrong_kind_is_refused_in_both(coalescer, tasks, loops):
