@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fleets import fleet, idle_processes, server
+
+__all__ = ["fleet", "idle_processes", "server"]  # fixtures, one of each for all modules
 
 
 class Crew:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
 import json
-import os
 import re
 import signal
 import socket
 import socketserver
 import subprocess
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
+from demo_runs import COMPLETION, Terminal, assert_failed_in_one_line, environment, run_demo, serve, serving
 from rich.console import Console
 
 import llm_batch_coalesce
@@ -34,19 +29,12 @@ from llm_batch_coalesce._demo.trace import make_trace
 from llm_batch_coalesce._demo.upstream import Tally
 from llm_batch_coalesce._demo.windows import Call, count_windows
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 USERS, REQUESTS = 40, 50
 SMALL = ("--users", str(USERS), "--requests", str(REQUESTS))
-NOT_INHERITED = {"FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "COLUMNS", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 TABLE_ROW = re.compile(
     r"^((?:threads|tasks)(?: \+ coalescer)?)[ |]+(\d+)[ |]+(\d+)[ |]+(\d+) \((\d+)%\) .*[ |]([^ |\n]+) *$", re.MULTILINE
 )
 
-COMPLETION = {"choices": [{"message": {"role": "assistant", "content": "A loan."}}]}
-
-RUN = "import sys; from llm_batch_coalesce.__main__ import main; sys.exit(main(sys.argv[1:]))"
 NOTHING_IN_THREADS = """
 import llm_batch_coalesce
 class DoesNothing:
@@ -67,112 +55,10 @@ sys.modules["httpx2"] = None
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without what changes a program's output or where its requests go."""
-    return {name: value for name, value in os.environ.items() if name.upper() not in NOT_INHERITED} | more
-
-
-def run_demo(*arguments: str, prelude: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the demo in a process of its own, after the Python code in ``prelude``."""
-    start = ["-c", prelude + RUN] if prelude else ["-m", "llm_batch_coalesce"]
-    return subprocess.run(
-        [sys.executable, *start, "demo", *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        env=environment(**env),
-        check=False,
-        timeout=25,
-    )
-
-
-def assert_failed_in_one_line(demo: subprocess.CompletedProcess[str], *said: str) -> None:
-    """Check for exit code 1 and one line on stderr with all of ``said`` in it."""
-    assert demo.returncode == 1, demo
-    [line] = demo.stderr.splitlines()
-    for words in said:
-        assert words in line
-
-
 def asked_terms(**changes: int) -> set[str]:
     """Return the terms of the trace that the demo replays when run with ``SMALL``."""
     trace = make_trace(list(load_glossary()), **({"users": USERS, "requests": REQUESTS, "seed": 1} | changes))
     return {hover.term for hover in trace}
-
-
-class Server(ThreadingHTTPServer):
-    """A provider that gives everybody the same answer, or none after the first ``hold_after`` requests."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, status: int, body: bytes, hold_after: float) -> None:
-        """Listen on a free port."""
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.status = status
-        self.body = body
-        self.asked: list[tuple[str | None, str]] = []
-        """The Authorization header and the model of each request."""
-        self.holding = threading.Event()
-        self.release = threading.Event()
-        self._hold_after = hold_after
-        self._lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        """The base URL to give to the demo."""
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def ask(self, key: str | None, model: str) -> None:
-        """Take down a request, and keep it waiting if it is one too many."""
-        with self._lock:
-            self.asked.append((key, model))
-            hold = len(self.asked) > self._hold_after
-        if hold:
-            self.holding.set()
-            self.release.wait()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet about clients that hang up."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers one request as its server says."""
-
-    server: Server
-
-    def do_POST(self) -> None:
-        """Answer."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.ask(self.headers["Authorization"], request["model"])
-        self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Keep quiet."""
-
-
-@contextlib.contextmanager
-def serve(server: socketserver.BaseServer) -> Iterator[None]:
-    """Let ``server`` work in a thread."""
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        thread.join()
-
-
-@contextlib.contextmanager
-def serving(status: int, body: bytes, *, hold_after: float = float("inf")) -> Iterator[Server]:
-    """Serve one answer to everything."""
-    with Server(status, body, hold_after) as server, serve(server):
-        try:
-            yield server
-        finally:
-            server.release.set()
 
 
 @pytest.fixture(scope="module")
@@ -431,10 +317,6 @@ def test_quantiles_are_values_that_were_seen() -> None:
 
 
 def test_a_terminal_gets_bars_with_the_calls_so_far() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     screen = Terminal()
     console = Console(file=screen, force_terminal=True, width=100, _environ={"TERM": "xterm"})
     with progress_on(console, runs=1, requests=3) as progress:

@@ -8,5 +8,11 @@ hovers are replayed by threads and by asyncio tasks, each once without and once 
 - ``provider``: the stand-in for a model provider; ``stand_in`` runs it in a process of its own.
 - ``upstream``: the HTTP clients, sync and async, and what they say when a server misbehaves.
 - ``replay``: the threads and the tasks. ``windows``: the most calls that a run may make.
-- ``story`` runs it all, ``progress`` and ``report`` show it.
+- ``story`` runs it all, ``progress`` and ``report`` show it on the ``output``.
+
+With ``--stream``, fifty readers watch one answer being written, once each as a stream of its own and once as one.
+
+- ``audience``: who comes late, is slow, or leaves early. ``reading``: the tasks, and the board of what they have read.
+- ``streaming``: the HTTP client of streamed answers.
+- ``stream_story`` runs it all, ``stream_view`` shows it.
 """

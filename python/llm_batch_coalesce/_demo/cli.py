@@ -18,7 +18,8 @@ SUMMARY: Final = "watch fifty readers share the calls of a glossary sidebar"
 DESCRIPTION: Final = (
     "Fifty readers hover over finance terms, and each hover asks a language model over HTTP what the term means. The "
     "same hovers are replayed by threads and by asyncio tasks, each once without and once with the coalescer. The "
-    "provider is a stand-in on this machine unless --base-url names a real one."
+    "provider is a stand-in on this machine unless --base-url names a real one. With --stream, the readers watch one "
+    "answer being written instead: once each as a stream of its own, and once all as one shared stream."
 )
 
 _EXTRA: Final = ("httpx2", "rich", "starlette", "uvicorn")
@@ -31,9 +32,13 @@ def run(options: Options) -> int:
     if any(importlib.util.find_spec(name) is None for name in _EXTRA):
         return _complain('the demo needs the optional extra: pip install "llm-batch-coalesce[demo]"', _FAILED)
     try:
-        from llm_batch_coalesce._demo import story  # noqa: PLC0415 - its imports need the extra
+        # Their imports need the extra.
+        from llm_batch_coalesce._demo import story, stream_story  # noqa: PLC0415
 
-        story.tell(options)
+        if options.stream:
+            stream_story.tell(options)
+        else:
+            story.tell(options)
     except DemoError as error:
         return _complain(str(error), _FAILED)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAX_USERS = 500
 
 DEFAULT_LATENCY = 0.4
+DEFAULT_REQUESTS = 400
 STAND_IN_MODEL = "glossary"
 
 
@@ -23,6 +24,8 @@ STAND_IN_MODEL = "glossary"
 class Options:
     """The demo's settings, checked."""
 
+    stream: bool
+    """Whether all readers watch one answer being written, instead of hovering over terms."""
     users: int
     requests: int
     latency_seconds: float
@@ -40,18 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to ``parser``."""
     story = parser.add_argument_group("the story")
     story.add_argument(
+        "--stream",
+        action="store_true",
+        help="let all readers watch one answer being written, live: some come late, one is slow, two leave early",
+    )
+    story.add_argument(
         "--users",
         type=_whole_number(1, MAX_USERS),
         default=50,
         metavar="N",
-        help="readers, each a thread and then an asyncio task (default: %(default)s)",
+        help="readers, each a thread and then an asyncio task, with --stream a task (default: %(default)s)",
     )
     story.add_argument(
         "--requests",
         type=_whole_number(1, 1_000_000),
-        default=400,
         metavar="N",
-        help="hovers of all readers together; every one of the four runs replays them (default: %(default)s)",
+        help="hovers of all readers together; every one of the four runs replays them "
+        f"(default: {DEFAULT_REQUESTS}; has no use with --stream)",
     )
     story.add_argument(
         "--ttl",
@@ -60,13 +68,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long the coalescer keeps an answer (default: %(default)s)",
     )
-    story.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the hovers (default: %(default)s)")
+    story.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seed of the hovers, with --stream of who reads how (default: %(default)s)",
+    )
     provider = parser.add_argument_group("the provider")
     provider.add_argument(
         "--latency",
         type=_number(),
         metavar="SECONDS",
-        help=f"how long the stand-in takes to answer (default: {DEFAULT_LATENCY})",
+        help=f"how long the stand-in takes to answer (default: {DEFAULT_LATENCY}); with --stream, to begin to, and it "
+        "writes a token in a tenth of it",
     )
     provider.add_argument(
         "--price",
@@ -80,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_base_url,
         metavar="URL",
         help="an OpenAI-compatible server to ask instead of the stand-in, such as http://127.0.0.1:11434/v1; "
-        "the two runs without the coalescer send it every hover, so begin with a small --requests",
+        "the runs without the coalescer send it every hover, so begin with a small --requests (with --stream: --users)",
     )
     provider.add_argument("--model", metavar="NAME", help="the model to ask for; needed with --base-url")
     provider.add_argument(
@@ -105,9 +120,12 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error("argument --model: name the model to ask for, as --base-url is given")
         if arguments.latency is not None:
             parser.error("argument --latency: belongs to the stand-in, leave it out with --base-url")
+    if arguments.stream and arguments.requests is not None:
+        parser.error("argument --requests: counts hovers, leave it out with --stream")
     return Options(
+        stream=arguments.stream,
         users=arguments.users,
-        requests=arguments.requests,
+        requests=DEFAULT_REQUESTS if arguments.requests is None else arguments.requests,
         latency_seconds=DEFAULT_LATENCY if arguments.latency is None else arguments.latency,
         ttl_seconds=arguments.ttl,
         seed=arguments.seed,

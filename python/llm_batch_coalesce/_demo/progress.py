@@ -32,12 +32,17 @@ class Progressing(Protocol):
 @contextlib.contextmanager
 def progress_on(console: Console, *, runs: int, requests: int) -> Iterator[Progressing]:
     """Show the progress of ``runs`` runs of ``requests`` hovers each while the block lasts."""
-    # Colours may be forced on a pipe by the environment; a display that moves the cursor is for people only.
-    if console.is_terminal and not console.is_dumb_terminal and console.file.isatty():
+    if can_move(console):
         with _bars(console) as bars:
             yield _Live(bars, requests)
     else:
         yield _Plain(console, runs, requests)
+
+
+def can_move(console: Console) -> bool:
+    """Return whether a display may move the cursor: on a terminal that people look at."""
+    # Colours may be forced on a pipe by the environment.
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 class _CallsColumn(ProgressColumn):

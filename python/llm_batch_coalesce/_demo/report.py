@@ -66,9 +66,9 @@ def introduce(console: Console, options: Options, hovers: Sequence[Hover], base_
     terms = Counter(hover.term for hover in hovers)
     [(favourite, times)] = terms.most_common(1)
     provider = f"model {options.model}" if options.base_url else f"stand-in, {options.latency_seconds:g} s a call"
-    _say(console, f"{options.users} readers, {len(hovers)} hovers over {len(terms)} finance terms.")
-    _say(console, f'The favourite is "{favourite}", hovered over {_times(times)}.')
-    _say(console, f"Provider: {base_url} ({provider}).\n")
+    say(console, f"{options.users} readers, {len(hovers)} hovers over {len(terms)} finance terms.")
+    say(console, f'The favourite is "{favourite}", hovered over {_times(times)}.')
+    say(console, f"Provider: {base_url} ({provider}).\n")
 
 
 def show_results(console: Console, runs: Sequence[Run], *, price: float) -> None:
@@ -79,15 +79,15 @@ def show_results(console: Console, runs: Sequence[Run], *, price: float) -> None
     console.print(_picture(console, runs))
     console.print()
     if any(run.usage.cost is None for run in runs):
-        _say(console, "No cost: the provider did not tell how many tokens every answer took.")
+        say(console, "No cost: the provider did not tell how many tokens every answer took.")
     else:
-        _say(console, f"Cost at ${price:g} for 1,000 tokens.")
+        say(console, f"Cost at ${price:g} for 1,000 tokens.")
 
 
 def show_verdict(console: Console, runs: Sequence[Run], *, ttl_seconds: float) -> None:
     """Say that the coalesced ones of ``runs`` made no call too many."""
     pairs = " and ".join(f"{run.windows(ttl_seconds)} ({run.readers})" for run in runs if run.coalesced)
-    _say(console, f"No call too many: {pairs} pairs of term and {ttl_seconds:g} s TTL window.")
+    say(console, f"No call too many: {pairs} pairs of term and {ttl_seconds:g} s TTL window.")
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -111,7 +111,7 @@ def _table(runs: Sequence[Run]) -> Table:
             f"{run.replay.wall_seconds:.1f}",
             _milliseconds(quantile(run.replay.latencies, 0.5)),
             _milliseconds(quantile(run.replay.latencies, 0.99)),
-            _dollars(run.usage.cost),
+            dollars(run.usage.cost),
             style="bold green" if run.coalesced else None,
         )
     return table
@@ -142,7 +142,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{milliseconds:.2f}" if milliseconds < _FINE_BELOW_MILLISECONDS else f"{milliseconds:,.0f}"
 
 
-def _dollars(cost: float | None) -> str:
+def dollars(cost: float | None) -> str:
+    """Return a cost as the tables show it."""
     if cost is None:
         return "n/a"
     return f"${cost:,.2f}" if cost >= _CENTS_FROM_DOLLARS or cost == 0.0 else f"${cost:.4f}"
@@ -152,7 +153,12 @@ def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
-def _say(console: Console, line: str) -> None:
-    # Names of models and servers are text, whatever brackets are in them, and may not exist in the output's encoding.
-    text = line.encode(console.encoding, errors="replace").decode(console.encoding)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    # Names of models and servers are text, whatever brackets are in them.
+    console.print(showable(console, line), markup=False, highlight=False, soft_wrap=True)
+
+
+def showable(console: Console, text: str) -> str:
+    """Return ``text`` without the characters that do not exist in the output's encoding."""
+    return text.encode(console.encoding, errors="replace").decode(console.encoding)

@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Final
 
-from rich.console import Console
-
 from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer
 from llm_batch_coalesce._demo import report
 from llm_batch_coalesce._demo.errors import DemoError
 from llm_batch_coalesce._demo.glossary import load_glossary
+from llm_batch_coalesce._demo.output import Output
 from llm_batch_coalesce._demo.progress import progress_on
 from llm_batch_coalesce._demo.replay import call_directly, call_directly_async, replay_in_tasks, replay_in_threads
 from llm_batch_coalesce._demo.stand_in import running_stand_in
@@ -20,6 +19,8 @@ from llm_batch_coalesce._demo.upstream import AsyncExplainer, Explainer, Tally, 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from rich.console import Console
 
     from llm_batch_coalesce._demo.options import Options
     from llm_batch_coalesce._demo.replay import Replay
@@ -36,7 +37,7 @@ def tell(options: Options) -> None:
     Raises:
         DemoError: The provider failed, or a coalesced run made more upstream calls than it may.
     """
-    console = Console()
+    console = Output()
     hovers = make_trace(list(load_glossary()), users=options.users, requests=options.requests, seed=options.seed)
     with contextlib.ExitStack() as stack:
         provider = None
@@ -44,7 +45,7 @@ def tell(options: Options) -> None:
             provider = stack.enter_context(
                 running_stand_in(latency_seconds=options.latency_seconds, price=options.price),
             )
-        target = _target(options, provider)
+        target = target_for(options, provider)
         report.introduce(console, options, hovers, target.base_url)
         runs = _run_all(console, options, hovers, target, provider)
     report.show_results(console, runs, price=options.price)
@@ -52,7 +53,8 @@ def tell(options: Options) -> None:
     report.show_verdict(console, runs, ttl_seconds=options.ttl_seconds)
 
 
-def _target(options: Options, provider: StandIn | None) -> Target:
+def target_for(options: Options, provider: StandIn | None) -> Target:
+    """Return whom to ask: the stand-in, or the real server that the options name."""
     if provider is not None:
         return Target(
             base_url=provider.base_url,

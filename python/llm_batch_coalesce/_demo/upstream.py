@@ -27,8 +27,8 @@ _ADVICE: Final[dict[int, str]] = {
     404: "check --base-url, which usually ends in /v1, and --model",
     429: "wait a while, or ask for less with --users and --requests",
 }
-_ADVICE_SERVER_ERROR: Final = "look at the server's log or try again later"
-_ADVICE_OTHER: Final = "check that --base-url names an OpenAI-compatible API; it usually ends in /v1"
+ADVICE_SERVER_ERROR: Final = "look at the server's log or try again later"
+ADVICE_OTHER: Final = "check that --base-url names an OpenAI-compatible API; it usually ends in /v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Explainer:
         """Make a client for ``target`` that counts its requests in ``tally``."""
         self._target = target
         self._tally = tally
-        with _said_clearly(target):
+        with said_clearly(target):
             self._client = httpx2.Client(
                 headers=target.headers(),
                 timeout=target.timeout(),
@@ -148,7 +148,7 @@ class Explainer:
         Raises:
             DemoError: The server cannot be reached, refuses, or answers with no chat completion.
         """
-        with _said_clearly(self._target):
+        with said_clearly(self._target):
             response = self._client.post(self._target.url, json=self._target.question(term))
         return _read_answer(response, self._target, self._tally)
 
@@ -164,7 +164,7 @@ class AsyncExplainer:
 
         self._target = target
         self._tally = tally
-        with _said_clearly(target):
+        with said_clearly(target):
             self._client = httpx2.AsyncClient(
                 headers=target.headers(),
                 timeout=target.timeout(),
@@ -192,13 +192,14 @@ class AsyncExplainer:
         Raises:
             DemoError: The server cannot be reached, refuses, or answers with no chat completion.
         """
-        with _said_clearly(self._target):
+        with said_clearly(self._target):
             response = await self._client.post(self._target.url, json=self._target.question(term))
         return _read_answer(response, self._target, self._tally)
 
 
 @contextlib.contextmanager
-def _said_clearly(target: Target) -> Iterator[None]:
+def said_clearly(target: Target) -> Iterator[None]:
+    """Turn what goes wrong with an exchange into the one line that tells it."""
     # "from None" throughout: the message says it all, and the coalescer copies an error for each of its waiters.
     try:
         yield
@@ -218,38 +219,48 @@ def _said_clearly(target: Target) -> Iterator[None]:
         raise DemoError(message) from None
 
 
+def raise_refusal(response: httpx2.Response, target: Target) -> None:
+    """Raise what a response that has been read says, if it is none of success."""
+    if response.is_success:
+        return
+    status = response.status_code
+    advice = _ADVICE.get(status, ADVICE_SERVER_ERROR if response.is_server_error else ADVICE_OTHER)
+    try:
+        reason = reason_given(response.json())
+    except (ValueError, RecursionError):
+        reason = ""
+    message = f"{target.url} answered HTTP {_named(status)}{reason and f' ({reason})'}; {advice}"
+    raise DemoError(message)
+
+
 def _read_answer(response: httpx2.Response, target: Target, tally: Tally) -> str:
-    if not response.is_success:
-        status = response.status_code
-        advice = _ADVICE.get(status, _ADVICE_SERVER_ERROR if response.is_server_error else _ADVICE_OTHER)
-        reason = _reason_given(response)
-        message = f"{target.url} answered HTTP {_named(status)}{reason and f' ({reason})'}; {advice}"
-        raise DemoError(message)
+    raise_refusal(response, target)
     try:
         answer = response.json()
         text = answer["choices"][0]["message"]["content"]
     except (ValueError, RecursionError, LookupError, TypeError):
         text = None
     if not isinstance(text, str):
-        message = f"{target.url} answered with something that is no chat completion; {_ADVICE_OTHER}"
+        message = f"{target.url} answered with something that is no chat completion; {ADVICE_OTHER}"
         raise DemoError(message)
-    tally.used(_tokens_told(answer))
+    tally.used(tokens_told(answer))
     return text
 
 
-def _tokens_told(answer: dict[str, Any]) -> int | None:
+def tokens_told(answer: dict[str, Any]) -> int | None:
+    """Return how many tokens an answer says it took, if it does."""
     usage = answer.get("usage")
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
     # A bool is an int, and no number of tokens.
     return tokens if type(tokens) is int and tokens >= 0 else None
 
 
-def _reason_given(response: httpx2.Response) -> str:
+def reason_given(answer: Any) -> str:  # noqa: ANN401 - any JSON
     """Return the message of an error in the form that OpenAI's API and most others give it, or nothing."""
     try:
-        error = response.json()["error"]
+        error = answer["error"]
         return _one_line(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, RecursionError, LookupError, TypeError):
+    except (LookupError, TypeError):
         return ""
 
 
