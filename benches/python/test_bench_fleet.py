@@ -38,7 +38,7 @@ def test_a_flight_against_two_commands(compare, client):
         compare(ours, bare, target=1.5, rounds=15, unit_count=count)
 
 
-def test_waking_a_waiter_against_a_message(compare, client):
+def test_waking_a_waiter_against_a_message(compare, client):  # noqa: C901 - two programs, side by side
     """a waiter in another process's place, from completion until it has the value / a bare message by pub/sub"""
     count, numbers = 50, itertools.count()
     first, second = (DistributedBatchCoalescer(client, ttl_seconds=60, namespace="bench") for _ in range(2))

@@ -13,7 +13,6 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
-from llm_batch_coalesce._core import ThreadCoalescer
 from llm_batch_coalesce._shown import shown
 
 if TYPE_CHECKING:

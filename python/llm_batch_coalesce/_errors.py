@@ -159,9 +159,9 @@ class CallResultError(CoalesceError, TypeError):
 
 
 class BackendError(CoalesceError):
-    """The server that a fleet shares its flights on cannot be used, and the coalescer was told not to go on without it."""
+    """The server that a fleet shares its flights on cannot be used, and there is no going on without it."""
 
-    __module__ = "llm_batch_coalesce"
+    __module__ = "llm_batch_coalesce.redis"
 
 
 class RemoteCallError(CoalesceError):
@@ -178,7 +178,7 @@ class RemoteCallError(CoalesceError):
         leader: Which process made the call.
     """
 
-    __module__ = "llm_batch_coalesce"
+    __module__ = "llm_batch_coalesce.redis"
 
     error_type: str
     error_message: str
@@ -208,7 +208,7 @@ class SerializationError(CoalesceError):
         reason: Why the serializer refused it.
     """
 
-    __module__ = "llm_batch_coalesce"
+    __module__ = "llm_batch_coalesce.redis"
 
     value_type: str
     reason: str

@@ -1,18 +1,22 @@
 """A flight as a fleet shares it: what a process does for one key, step by step, without doing any of it.
 
-`flight` is a generator. It yields what is to be done (ask the server, wait for a message, run the callable), and is sent what
-came of it; a driver for threads and one for tasks do these things. So both speak one protocol.
+`flight` is a generator. It yields what is to be done (ask the server, wait for a message, run the callable), and is
+sent what came of it; a driver for threads and one for tasks do these things. So both speak one protocol.
 
-1. A process claims. It is told the outcome that is retained, that it leads, or who leads and for how long the lease holds.
-2. Who leads runs the callable, while its lease is renewed, and completes with the token of its claim. A process that was
-   paused past its lease is refused: its own callers have their result, and nobody else.
-3. Who waits is told by a message to its process's inbox, and reads the outcome. Messages may be lost: when the lease as
-   it was told has run out, it claims again, which tells the same.
+1. A process claims. It is told the outcome that is retained, that it leads, or which flight is under way and for how
+   long the lease of its leader holds.
+2. Who leads runs the callable, while its lease is renewed, and completes with the token of its claim. A process that
+   was paused past its lease is refused: its own callers have their result, and nobody else.
+3. Who waits is told by a message to its process's inbox, with the outcome unless that is long: then it claims again,
+   which tells it. Messages may be lost: when the lease as it was told has run out, it claims again without one.
 4. If the server cannot be used, the process goes on alone, or raises `BackendError`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import math
 import secrets
 import time
 from dataclasses import dataclass
@@ -20,8 +24,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llm_batch_coalesce import _fleet_scripts as scripts
 from llm_batch_coalesce._core import Retain
-from llm_batch_coalesce._errors import BackendError, RemoteCallError, SerializationError
-from llm_batch_coalesce._fleet_wire import About, DamagedError, pack_error, pack_unserializable, pack_value, unpack
+from llm_batch_coalesce._errors import BackendError
+from llm_batch_coalesce._fleet_wire import (
+    About,
+    DamagedError,
+    message_of,
+    pack_error,
+    pack_unserializable,
+    pack_value,
+    unpack,
+)
 from llm_batch_coalesce._reports import in_coalescer, logger
 
 if TYPE_CHECKING:
@@ -34,6 +46,8 @@ if TYPE_CHECKING:
 
 # An outcome of up to so many bytes comes with the message, which saves a round trip; a larger one is read once.
 _IN_A_MESSAGE = 16_384
+# What ends a caller that waits for the server or for others.
+_INTERRUPTS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +57,6 @@ class Ask:
     script: str
     keys: list[str]
     args: list[str | bytes | int]
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Read a string from the server; the answer is bytes or None."""
-
-    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class Lease:
     flight: str
 
 
-Step = Ask | Read | Watch | Await | Call
+Step = Ask | Watch | Await | Call
 
 
 class BackendTroubleError(Exception):
@@ -101,84 +108,111 @@ def flight(
 
     Whether this process waited for it or found it on the server is noted.
     """
-    names, digest = fleet.names, key.digest
+    digest = key.digest
     until = None if timeout is None else time.monotonic() + timeout
     damaged: list[bytes] = []
     awaited: str | None = None
-    joined = False
     yield Watch(digest)
     while True:
         token = secrets.token_hex(12)
-        late = [] if awaited is None else [names.late(digest, awaited)]
-        keys = [names.flight(digest), names.outcome(digest), *late]
+        lease = Lease(digest, token, awaited or token)
+        asked_at = time.monotonic()
         try:
-            answer = yield Ask(scripts.CLAIM, keys, [token, fleet.lease_ms, fleet.inbox, *damaged])
-            word, *rest = _checked(answer)
+            claimed = _read_claim((yield _claim(fleet, lease, awaited, damaged)))
         except BackendTroubleError as trouble:
             return (yield from _alone(fleet, trouble))
-        if word == "lead":
-            return (yield from _lead(fleet, Lease(digest, token, rest[0].decode()), ttl_seconds))
-        if word == "outcome":
-            try:
-                landed = unpack(fleet.serializer, rest[0])
-            except DamagedError as damage:
-                _report_damage(fleet, damage)
-                damaged = [rest[0]]
+        except _INTERRUPTS:
+            # It may have the lead, or be registered, for all that is known.
+            yield from _tell(fleet, _release(fleet, lease, fleet.inbox))
+            raise
+        if claimed.dropped:
+            _report_damage(fleet, DamagedError("a key of another type, or without a lifetime"))
+        if claimed.word == "lead":
+            return (yield from _lead(fleet, Lease(digest, token, claimed.flight), ttl_seconds))
+        if claimed.word == "outcome":
+            landed = _unpacked(fleet, claimed.content)
+            if landed is None:
+                damaged = [claimed.content]
                 continue
-            fleet.count("fleet_joined" if joined else "fleet_hits")
-            note_role("waiter" if joined else "hit")
-            return _given(fleet, landed, rest[1] / 1000)
-        joined = True
-        awaited = rest[0].decode()
-        lapse = time.monotonic() + rest[1] / 1000
-        message = yield from _message(fleet, digest, lapse, until, timeout)
-        # What a flight that was forgotten has to say is not for those who came later.
-        while message is not None and message.flight != awaited:
-            message = yield from _message(fleet, digest, lapse, until, timeout)
-        if message is not None and message.word == "done":
-            landed_now = yield from _read(fleet, key, message)
-            if landed_now is not None:
-                fleet.count("fleet_joined")
-                note_role("waiter")
-                left = landed_now.ttl_seconds if message.place == "key" else 0.0
-                return _given(fleet, landed_now, left)
+            # Its time on the server has gone on since it was asked.
+            left = claimed.seconds - (time.monotonic() - asked_at)
+        else:
+            awaited = claimed.flight
+            message = yield from _wait(fleet, lease, claimed, until, timeout)
+            landed = _unpacked(fleet, message.payload) if message is not None and message.payload else None
+            if message is None or landed is None:
+                continue
+            left = landed.ttl_seconds if message.place == "key" else 0.0
+        fleet.count("fleet_hits" if awaited is None else "fleet_joined")
+        note_role("hit" if awaited is None else "waiter")
+        return _given(fleet, landed, max(0.0, left))
 
 
-def _checked(answer: Any) -> tuple[Any, ...]:  # noqa: ANN401 - whatever the server says
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim was answered: an outcome with the seconds left of it, or a flight with those of its lease."""
+
+    word: Literal["lead", "outcome", "wait"]
+    content: bytes
+    seconds: float
+    dropped: int
+
+    @property
+    def flight(self) -> str:
+        """The name of the flight."""
+        return self.content.decode("ascii", "replace")
+
+
+def _claim(fleet: Fleet, lease: Lease, awaited: str | None, damaged: list[bytes]) -> Ask:
+    names, digest = fleet.names, lease.digest
+    keys = [names.flight(digest), names.outcome(digest)]
+    if awaited is not None:
+        keys += [names.late(digest, awaited), names.forgotten(digest, awaited)]
+    return Ask(scripts.CLAIM, keys, [lease.token, fleet.lease_ms, fleet.inbox, awaited or "", *damaged])
+
+
+def _read_claim(answer: Any) -> Claimed:  # noqa: ANN401 - whatever the server says
     try:
-        word = answer[0].decode()
-        if word == "lead":
-            return (word, answer[1])
-        if word in {"outcome", "wait"}:
-            return (word, answer[1], int(answer[2]))
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        word, content, left, dropped = answer
+        claimed = Claimed(word.decode(), content, int(left) / 1000, int(dropped))
+    except (AttributeError, TypeError, ValueError) as error:
         raise BackendTroubleError(f"the server answered {answer!r} to a claim") from error
-    raise BackendTroubleError(f"the server answered {answer!r} to a claim")
+    if claimed.word not in {"lead", "outcome", "wait"} or not isinstance(content, bytes):
+        raise BackendTroubleError(f"the server answered {answer!r} to a claim")
+    return claimed
 
 
-def _message(
-    fleet: Fleet, digest: str, lapse: float, until: float | None, timeout: float | None
+def _wait(
+    fleet: Fleet, lease: Lease, claimed: Claimed, until: float | None, timeout: float | None
 ) -> Generator[Step, Any, Message | None]:
-    end = lapse if until is None else min(lapse, until)
-    message = yield Await(digest, max(0.001, end - time.monotonic()))
+    """Wait for what is said of a flight. None if there is another reason to claim again."""
+    end = time.monotonic() + max(0.001, claimed.seconds)
+    if until is not None:
+        end = min(end, until)
+    try:
+        message = yield from _message(lease.digest, claimed.flight, end)
+    except _INTERRUPTS:
+        yield from _tell(fleet, _release(fleet, lease, fleet.inbox))
+        raise
     if message is None and until is not None and time.monotonic() >= until:
         fleet.count("timeouts")
+        yield from _tell(fleet, _release(fleet, lease, fleet.inbox))
         raise WaitTimeoutError(f"the call of another process was not done within {timeout} seconds")
-    return message  # type: ignore[no-any-return]
+    return message
 
 
-def _read(fleet: Fleet, key: FleetKey, message: Message) -> Generator[Step, Any, Landed | None]:
-    """Read what a message tells of. None if it is gone, or damaged: claim again."""
-    names, digest = fleet.names, key.digest
-    place = names.outcome(digest) if message.place == "key" else names.late(digest, message.flight)
-    payload: bytes | None = message.payload
-    if not payload:
-        try:
-            payload = yield Read(place)
-        except BackendTroubleError:
+def _message(digest: str, awaited: str, end: float) -> Generator[Step, Any, Message | None]:
+    while True:
+        message: Message | None = yield Await(digest, max(0.0, end - time.monotonic()))
+        if message is None or time.monotonic() > end:
+            # A process that was paused does not know how old the message is.
             return None
-    if payload is None:
-        return None
+        # What a flight that was forgotten has to say is not for those who came later.
+        if message.flight == awaited:
+            return message
+
+
+def _unpacked(fleet: Fleet, payload: bytes) -> Landed | None:
     try:
         return unpack(fleet.serializer, payload)
     except DamagedError as damage:
@@ -190,29 +224,26 @@ def _given(fleet: Fleet, landed: Landed, left_seconds: float) -> Any:  # noqa: A
     """Return or raise an outcome of the fleet, with the TTL that is left of it."""
     if landed.error is None:
         return Retain(landed.value, left_seconds)
-    error = landed.error
-    fleet.set_ttl(error, left_seconds)
+    fleet.note_ttl(landed.error, left_seconds)
     fleet.count("remote_errors")
-    raise error
+    raise landed.error
 
 
 def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[Step, Any, Any]:
     began = time.monotonic()
     try:
-        value = yield Call(lease)
+        value, ttl = _kept(fleet, (yield Call(lease)), ttl_seconds)
     except GeneratorExit:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) or isinstance(error, fleet.private_errors):
+        if fleet.is_private(error):
             yield from _tell(fleet, _release(fleet, lease))
             raise
         seconds = fleet.error_ttl(error, ttl_seconds)
         payload = pack_error(error, About(time.monotonic() - began, seconds, fleet.leader))
-        yield from _complete(fleet, lease, payload, seconds)
+        kept = yield from _complete(fleet, lease, payload, seconds)
+        fleet.note_ttl(error, seconds if kept else 0.0)
         raise
-    ttl = fleet.ttl_seconds if ttl_seconds is None else ttl_seconds
-    if type(value) is Retain:
-        value, ttl = value.value, value.ttl_seconds
     elapsed = time.monotonic() - began
     try:
         payload = pack_value(fleet.serializer, value, About(elapsed, ttl, fleet.leader))
@@ -221,7 +252,7 @@ def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[St
             "a value of type %s%s cannot be shared with other processes: %s",
             type(value).__qualname__,
             in_coalescer(fleet.name),
-            reason,
+            message_of(reason),
         )
         ttl = 0.0
         payload = pack_unserializable(value, reason, About(elapsed, ttl, fleet.leader))
@@ -229,28 +260,41 @@ def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[St
     return Retain(value, ttl if kept else 0.0)
 
 
+def _kept(fleet: Fleet, value: Any, ttl_seconds: float | None) -> tuple[Any, float]:  # noqa: ANN401 - the user's value
+    """Take a call's result apart into the value and its TTL."""
+    if type(value) is not Retain:
+        return value, fleet.ttl_seconds if ttl_seconds is None else ttl_seconds
+    if math.isinf(value.ttl_seconds):
+        raise ValueError("the ttl_seconds of a Retain must be finite, since everything on the server has a lifetime")
+    return value.value, value.ttl_seconds
+
+
 def _complete(fleet: Fleet, lease: Lease, payload: bytes, ttl_seconds: float) -> Generator[Step, Any, bool]:
-    """Share a payload. False if the lease was lost, so that it is not to be retained here, either."""
-    names, digest, token = fleet.names, lease.digest, lease.token
-    late = names.late(digest, lease.flight)
-    keys = [names.flight(digest), names.forgotten(digest, token), names.outcome(digest), late]
+    """Share a payload. False if the lease was lost or the key forgotten: then it is not to be retained here, either."""
+    names, digest, token, name = fleet.names, lease.digest, lease.token, lease.flight
+    keys = [*_flights(fleet, lease), names.outcome(digest), names.late(digest, name)]
     ttl = _milliseconds(ttl_seconds)
-    args: list[str | bytes | int] = [token, payload, ttl, fleet.lease_ms, digest, lease.flight, _IN_A_MESSAGE]
+    args: list[str | bytes | int] = [token, payload, ttl, fleet.lease_ms, digest, name, _IN_A_MESSAGE]
     answer = yield from _tell(fleet, Ask(scripts.COMPLETE, keys, args))
     if answer == 0:
         fleet.count("leases_lost")
         logger.warning("a call%s outlived its lease: its result is for its own callers only", in_coalescer(fleet.name))
     # If the server could not be told, this process keeps what it has.
-    return bool(answer != 0)
+    return answer in (None, 1)
 
 
-def _release(fleet: Fleet, lease: Lease) -> Ask:
-    names, digest, token = fleet.names, lease.digest, lease.token
-    return Ask(
-        scripts.RELEASE,
-        [names.flight(digest), names.forgotten(digest, token)],
-        [token, fleet.lease_ms, digest, lease.flight],
-    )
+def _release(fleet: Fleet, lease: Lease, inbox: str = "") -> Ask:
+    """Give up the lead, and the wait of an inbox."""
+    return Ask(scripts.RELEASE, _flights(fleet, lease), [lease.token, fleet.lease_ms, lease.digest, inbox])
+
+
+def renewal(fleet: Fleet, lease: Lease) -> Ask:
+    """Make the lease last."""
+    return Ask(scripts.RENEW, _flights(fleet, lease), [lease.token, fleet.lease_ms])
+
+
+def _flights(fleet: Fleet, lease: Lease) -> list[str]:
+    return [fleet.names.flight(lease.digest), fleet.names.forgotten(lease.digest, lease.flight)]
 
 
 def _tell(fleet: Fleet, ask: Ask) -> Generator[Step, Any, Any]:
@@ -259,7 +303,15 @@ def _tell(fleet: Fleet, ask: Ask) -> Generator[Step, Any, Any]:
         return (yield ask)
     except BackendTroubleError as trouble:
         fleet.note_trouble(trouble)
-        return None
+    except RuntimeError as error:
+        # Closed meanwhile: the caller has its result all the same, and others wait for the lease to run out.
+        logger.debug("the server%s was not told: %s", in_coalescer(fleet.name), error)
+    except _INTERRUPTS:
+        # Or others would wait for the lease to run out. To be told twice does no harm.
+        with contextlib.suppress(BackendTroubleError, RuntimeError):
+            yield ask
+        raise
+    return None
 
 
 def _alone(fleet: Fleet, trouble: BackendTroubleError) -> Generator[Step, Any, Any]:
@@ -306,6 +358,3 @@ def parse_message(content: object) -> tuple[str, Message | None] | None:
     if word == b"free" and len(rest) == 2:  # noqa: PLR2004
         return parts[0], Message("free", parts[1], "", b"")
     return None
-
-
-SHARED_ERRORS = (RemoteCallError, SerializationError)

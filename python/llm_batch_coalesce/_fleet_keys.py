@@ -53,22 +53,40 @@ def fleet_key(key: Hashable, key_encoder: Callable[[Any], str | bytes] | None) -
     return FleetKey(key, hashlib.blake2b(encoded, digest_size=20).hexdigest())
 
 
-def _encode(key: object) -> bytes | None:
+def _encode(key: Any) -> bytes | None:  # noqa: ANN401 - any part of a key
     """Encode a key, the same for keys that are equal in a dict; None if its type is not known."""
     if key is None:
         return b"n"
-    if isinstance(key, str):
-        return b"s" + _sized(str.encode(key, "utf-8", "surrogatepass"))
-    if isinstance(key, bytes):
-        return b"b" + _sized(bytes(key))
-    if isinstance(key, float) and not (math.isfinite(key) and key.is_integer()):
-        return b"f" + _sized(float.hex(key).encode())
-    if isinstance(key, int | float):
-        return b"i" + _sized(b"%d" % int(key))
-    if type(key) is tuple:
-        items = [_encode(item) for item in key]
-        return None if None in items else b"t%d:" % len(items) + b"".join(item for item in items if item is not None)
-    return None
+    kind = next((kind for kind in _ENCODERS if isinstance(key, kind)), None)
+    # Of other classes too, if they are equal to what these take for equal: members of an enum, named tuples.
+    if kind is None or type(key).__eq__ is not kind.__eq__ or type(key).__hash__ is not kind.__hash__:
+        return None
+    return _ENCODERS[kind](key)
+
+
+def _encode_float(key: float) -> bytes:
+    if math.isfinite(key) and float.is_integer(key):
+        return _encode_int(float.__int__(key))
+    return b"f" + _sized(float.hex(key).encode())
+
+
+def _encode_int(key: int) -> bytes:
+    # In hexadecimal, since Python refuses to write long numbers in decimal.
+    return b"i" + _sized(b"%x" % int.__int__(key))
+
+
+def _encode_tuple(key: tuple[Any, ...]) -> bytes | None:
+    items = [_encode(item) for item in tuple.__iter__(key)]
+    return None if None in items else b"t%d:" % len(items) + b"".join(item for item in items if item is not None)
+
+
+_ENCODERS: dict[type, Callable[[Any], bytes | None]] = {
+    str: lambda key: b"s" + _sized(str.encode(key, "utf-8", "surrogatepass")),
+    bytes: lambda key: b"b" + _sized(b"".join([key])),
+    int: _encode_int,
+    float: _encode_float,
+    tuple: _encode_tuple,
+}
 
 
 def _sized(content: bytes) -> bytes:

@@ -8,17 +8,19 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_batch_coalesce import _core
-from llm_batch_coalesce._errors import BackendError, CallResultError
+from llm_batch_coalesce._errors import BackendError, CallResultError, MissingKeysError
 from llm_batch_coalesce._fleet_wire import JsonSerializer
 from llm_batch_coalesce._reports import Stats, in_coalescer, logger
+from llm_batch_coalesce._sharing import PRIVATE
 from llm_batch_coalesce._shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from llm_batch_coalesce._fleet_wire import Serializer
 
@@ -103,7 +105,7 @@ class Fleet:
         if error_ttl_seconds is not None and not callable(error_ttl_seconds):
             _finite("error_ttl_seconds", error_ttl_seconds)
         self._error_ttl = error_ttl_seconds
-        self.private_errors = (private_errors,) if isinstance(private_errors, type) else tuple(private_errors)
+        self.private_errors = _classes(private_errors)
         self.name = name
         if not isinstance(namespace, str) or not namespace or set(namespace) & set("{} \r\n"):
             raise ValueError(f"namespace must be a str without braces, blanks and line ends, not {shown(namespace)}")
@@ -129,6 +131,8 @@ class Fleet:
         self._counts = dict.fromkeys((*_REPORTED, "remote_errors", "timeouts"), 0)
         self._lock = threading.Lock()
         self._logged_at = -math.inf
+        # By id; the errors are held, so that no other gets the id.
+        self._ttls: dict[int, tuple[BaseException, float]] = {}
         self.begin_process()
 
     def begin_process(self) -> None:
@@ -178,7 +182,7 @@ class Fleet:
 
     def error_ttl(self, error: BaseException, ttl_seconds: float | None) -> float:
         """Tell how long an error of this process is retained on the server, in seconds."""
-        if isinstance(error, CallResultError):
+        if isinstance(error, CallResultError | MissingKeysError):
             return 0.0
         seconds: Any = self._error_ttl
         if callable(seconds):
@@ -186,25 +190,43 @@ class Fleet:
                 seconds = seconds(error)
                 if seconds is not None:
                     _finite("its answer", seconds)
-            except Exception:  # noqa: BLE001 - it is the user's; the local map logs it
+            except Exception:  # noqa: BLE001 - it is the user's
+                failed = type(error).__qualname__
+                logger.exception(
+                    "error_ttl_seconds failed for %s%s, which is not retained", failed, in_coalescer(self.name)
+                )
                 return 0.0
         if seconds is None:
             seconds = self.ttl_seconds if ttl_seconds is None else ttl_seconds
         return float(seconds)
 
+    def is_private(self, error: BaseException) -> bool:
+        """Tell whether an error concerns its caller only, as for the process's own map."""
+        return not isinstance(error, Exception) or isinstance(error, (*PRIVATE, *self.private_errors))
+
+    def note_ttl(self, error: BaseException, seconds: float) -> None:
+        """Tell the process's own map how long it is to retain an error that it is about to get."""
+        if not self.is_private(error) and not isinstance(error, CallResultError | MissingKeysError):
+            with self._lock:
+                self._ttls[id(error)] = (error, seconds)
+
     def local_error_ttl(self, error: BaseException) -> float | None:
-        """Tell the same for the process's own map; there the errors of other processes come, too."""
-        left = getattr(error, "_left_seconds", None)
-        if left is not None:
-            return float(left)
+        """Tell how long the process's own map retains an error."""
+        with self._lock:
+            _, noted = self._ttls.pop(id(error), (None, None))
+        if noted is not None:
+            return noted
         if isinstance(error, BackendError):
             return 0.0
         return self._error_ttl(error) if callable(self._error_ttl) else self._error_ttl
 
-    @staticmethod
-    def set_ttl(error: BaseException, left_seconds: float) -> None:
-        """Note how long an error of another process is retained."""
-        error._left_seconds = left_seconds  # type: ignore[attr-defined]  # noqa: SLF001 - it is this package's class
+
+def _classes(private_errors: Any) -> tuple[type[BaseException], ...]:  # noqa: ANN401 - anything
+    given = (private_errors,) if isinstance(private_errors, type) else private_errors
+    classes = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (None,)
+    if not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
+        raise TypeError(f"private_errors must be classes of exceptions, not {shown(private_errors)}")
+    return classes
 
 
 def _finite(name: str, seconds: float) -> float:

@@ -1,50 +1,73 @@
 """What the server does in one step each: the scripts of flights that a fleet shares.
 
-For every key there is at most one flight (a hash: the token of who leads, and the inboxes of the processes that wait) and
-one outcome (a string). Both have a lifetime, so nothing stays behind, whatever dies. The keys of one flight share a hash
-tag, and so a slot of a cluster.
+For every key there is at most one flight (a hash: its name, the token of who leads, and the inboxes of the processes
+that wait) and one outcome (a string). Both have a lifetime, so nothing stays behind, whatever dies. The keys of one
+flight share a hash tag, and so a slot of a cluster.
 
-A flight that was forgotten while under way has a key of its own, with its token: its waiters are served, and nobody
-joins it. An outcome that is not retained is readable under the flight's token for one lease.
+A flight is named by the token of its first leader; who takes it over has a token of its own. One that was forgotten
+while under way has a key of its own, with its name: its waiters are served, and nobody joins it. An outcome that is not
+retained is readable under the flight's name for one lease.
 """
 
-# KEYS: flight, outcome, [outcome of the flight that was waited for]. ARGV: token, lease in ms, inbox, [damaged outcome].
-# Returns {"outcome", payload, ms left}, {"lead", flight's name} or {"wait", flight's name, ms left of the lease}. A flight
-# is named by the token of its first leader; who takes it over has a token of its own.
+# KEYS: flight, outcome, and of the flight that was waited for: [outcome under its name, forgotten flight].
+# ARGV: token, lease in ms, inbox, name of the flight that was waited for or "", [damaged outcome].
+# Returns {"outcome", payload, ms left, dropped}, {"lead", flight's name, 0, dropped} or {"wait", flight's name, ms left
+# of the lease, dropped}; `dropped` is how many keys were of another type or had no lifetime, and so were none of ours.
 CLAIM = """
-local function get(key)
-  local value = redis.pcall('GET', key)
-  if type(value) == 'table' and value.err then
-    redis.call('DEL', key)
+local dropped = 0
+local function drop(key)
+  redis.call('DEL', key)
+  dropped = dropped + 1
+end
+local function read(command, key, ...)
+  local value = redis.pcall(command, key, ...)
+  if type(value) ~= 'table' or not value.err then
+    return value
+  end
+  if string.find(value.err, 'WRONGTYPE', 1, true) then
+    drop(key)
     return false
   end
-  if value and value == ARGV[4] then
+  return redis.call(command, key, ...)
+end
+local function outcome(key)
+  local value = read('GET', key)
+  if value and value == ARGV[5] then
     redis.call('DEL', key)
     return false
   end
   return value
 end
-for number = 2, #KEYS do
-  local value = get(KEYS[number])
-  if value then
-    local left = redis.call('PTTL', KEYS[number])
-    return {'outcome', value, number == 2 and left or 0}
-  end
-end
-local fields = redis.pcall('HMGET', KEYS[1], 'token', 'name')
-if fields.err then
-  redis.call('DEL', KEYS[1])
-  fields = {false, false}
-end
-local token, name = fields[1], fields[2]
-if token then
-  redis.call('HSET', KEYS[1], 'inbox:' .. ARGV[3], '1')
-  local left = redis.call('PTTL', KEYS[1])
+local function wait(flight, name)
+  redis.call('HSET', flight, 'inbox:' .. ARGV[3], '1')
+  local left = redis.call('PTTL', flight)
   if left < 0 then
-    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    redis.call('PEXPIRE', flight, ARGV[2])
     left = tonumber(ARGV[2])
   end
-  return {'wait', name or token, left}
+  return {'wait', name, left, dropped}
+end
+local value = outcome(KEYS[2])
+if value then
+  local left = redis.call('PTTL', KEYS[2])
+  if left >= 0 then
+    return {'outcome', value, left, dropped}
+  end
+  drop(KEYS[2])
+end
+if ARGV[4] ~= '' then
+  value = outcome(KEYS[3])
+  if value then
+    return {'outcome', value, 0, dropped}
+  end
+  if read('HGET', KEYS[4], 'token') then
+    return wait(KEYS[4], ARGV[4])
+  end
+end
+local fields = read('HMGET', KEYS[1], 'token', 'name') or {false, false}
+local token, name = fields[1], fields[2]
+if token then
+  return wait(KEYS[1], name or token)
 end
 if name then
   redis.call('HDEL', KEYS[1], 'inbox:' .. ARGV[3])
@@ -53,7 +76,7 @@ else
 end
 redis.call('HSET', KEYS[1], 'token', ARGV[1], 'name', name)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return {'lead', name}
+return {'lead', name, 0, dropped}
 """
 
 _HELD = """
@@ -75,8 +98,9 @@ local function inboxes(flight)
 end
 """
 
-# KEYS: flight, forgotten flight, outcome, outcome under the flight's name. ARGV: token, payload, TTL in ms, lease in ms,
-# digest, flight's name, how many bytes a message may hold: a smaller payload comes with it. Returns whether the token still held the lease: 0 or 1.
+# KEYS: flight, forgotten flight, outcome, outcome under the flight's name. ARGV: token, payload, TTL in ms, lease in
+# ms, digest, flight's name, how many bytes a message may hold: a smaller payload comes with it.
+# Returns 1 if the token still held the lease, 2 if its flight was forgotten, 0 if not.
 COMPLETE = (
     _HELD
     + """
@@ -100,31 +124,38 @@ end
 for _, name in ipairs(names) do
   redis.call('PUBLISH', name, message)
 end
-return 1
+return forgotten and 2 or 1
 """
 )
 
-# KEYS: flight, forgotten flight. ARGV: token, lease in ms, digest, flight's name. Lets one of those that wait lead.
+# KEYS: flight, forgotten flight. ARGV: token, lease in ms, digest, inbox that no longer waits or "". Gives up the lead,
+# if the token has it, and the wait. If nobody leads then, one of those that wait may. A node of a cluster does not know
+# who listens on others, so more than one may be told there; the first that claims leads.
 RELEASE = (
     _HELD
     + """
 local flight, forgotten = held()
-if not flight then
-  return 0
-end
-local names = inboxes(flight)
-if forgotten or #names == 0 then
-  redis.call('DEL', flight)
+if flight then
+  redis.call('HDEL', flight, 'token')
 else
-  redis.call('HDEL', flight, 'token', 'inbox:' .. names[1])
-  redis.call('PEXPIRE', flight, ARGV[2])
+  flight = KEYS[1]
 end
-for number, name in ipairs(names) do
-  if number == 1 or forgotten then
-    redis.call('PUBLISH', name, 'free ' .. ARGV[3] .. ' ' .. ARGV[4])
+if ARGV[4] ~= '' then
+  redis.pcall('HDEL', KEYS[1], 'inbox:' .. ARGV[4])
+end
+local fields = redis.pcall('HMGET', flight, 'token', 'name')
+if fields.err or fields[1] or not fields[2] then
+  return
+end
+for _, inbox in ipairs(inboxes(flight)) do
+  redis.call('HDEL', flight, 'inbox:' .. inbox)
+  local heard = redis.call('PUBLISH', inbox, 'free ' .. ARGV[3] .. ' ' .. fields[2])
+  if heard > 0 and not forgotten then
+    redis.call('PEXPIRE', flight, ARGV[2])
+    return
   end
 end
-return 1
+redis.call('DEL', flight)
 """
 )
 
@@ -141,17 +172,26 @@ return 1
 """
 )
 
-# KEYS: flight, outcome. ARGV: what the keys of forgotten flights begin with, the channel of all, digest. Returns whether
-# there was something to forget: 0 or 1.
+# KEYS: flight, outcome. ARGV: what the keys of forgotten flights begin with, the channel of all, digest. Returns
+# whether there was something to forget: 0 or 1. A flight whose lead is free has made no call yet, so it may go on.
 FORGET = """
 local there = redis.call('DEL', KEYS[2])
-local token = redis.pcall('HGET', KEYS[1], 'token')
-if type(token) == 'string' then
-  redis.call('RENAME', KEYS[1], ARGV[1] .. token)
-  there = 1
-else
+local fields = redis.pcall('HMGET', KEYS[1], 'token', 'name')
+if fields.err then
   redis.call('DEL', KEYS[1])
+elseif fields[1] then
+  redis.call('RENAME', KEYS[1], ARGV[1] .. (fields[2] or fields[1]))
+  there = 1
 end
 redis.call('PUBLISH', ARGV[2], 'forget ' .. ARGV[3])
 return there
+"""
+
+# KEYS: outcome. Returns it, or nil.
+PEEK = """
+local value = redis.pcall('GET', KEYS[1])
+if type(value) == 'table' and string.find(value.err, 'WRONGTYPE', 1, true) then
+  return false
+end
+return value
 """

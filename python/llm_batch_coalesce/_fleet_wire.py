@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,7 @@ _VERSION = 1
 
 
 class Serializer(Protocol):
-    """Turns values into bytes or text and back: the `json` module, `pickle`, `orjson`, `msgpack` have the two functions."""
+    """Turns values into bytes or text and back: `json`, `pickle`, `orjson` and `msgpack` have the two functions."""
 
     def dumps(self, value: Any, /) -> bytes | str:  # noqa: ANN401 - any value of the user's
         """Return the value as bytes or text."""
@@ -102,19 +103,23 @@ def pack_value(serializer: Serializer, value: object, about: About) -> bytes:
 
 def pack_unserializable(value: object, reason: Exception, about: About) -> bytes:
     """Make the payload that tells of a value which cannot be sent."""
-    content = [type(value).__qualname__, f"{type(reason).__qualname__}: {reason}"]
+    content = [type(value).__qualname__, f"{type(reason).__qualname__}: {message_of(reason)}"]
     return _head("unserializable", about) + json.dumps(content).encode()
 
 
 def pack_error(error: BaseException, about: About) -> bytes:
     """Make the payload of an error."""
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001 - `__str__` is the user's
-        message = "<its message cannot be read>"
     kind = type(error)
-    content = [f"{kind.__module__}.{kind.__qualname__}", message]
+    content = [f"{kind.__module__}.{kind.__qualname__}", message_of(error)]
     return _head("error", about) + json.dumps(content).encode()
+
+
+def message_of(error: BaseException) -> str:
+    """Return the message of an error, whose `__str__` may be the user's."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - as above
+        return "<its message cannot be read>"
 
 
 def _head(kind: str, about: About) -> bytes:
@@ -142,6 +147,8 @@ def unpack(serializer: Serializer, payload: object) -> Landed:
         if head["v"] != _VERSION:
             raise ValueError(f"version {head['v']!r} is not {_VERSION}")  # noqa: TRY301
         seconds, ttl, leader = float(head["seconds"]), float(head["ttl"]), str(head["leader"])
+        if not (math.isfinite(seconds) and math.isfinite(ttl)):
+            raise ValueError("a number of seconds is not finite")  # noqa: TRY301
         if head["kind"] == "value":
             return Landed("value", serializer.loads(content), None, seconds, ttl)
         name, message = json.loads(content)

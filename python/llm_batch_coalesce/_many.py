@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_batch_coalesce._core import Token
@@ -143,7 +144,8 @@ async def _wait_for(coalescer: "AsyncBatchCoalescer", batch: "_Batch", task: Cal
     def done(task: CallTask) -> None:
         for token in tokens:
             token.task_done(task)
-        # Until here the core, which knows its parts weakly, needs it. The task has the error, whose traceback has the batch.
+        # Until here the core, which knows its parts weakly, needs it.
+        # The task has the error, and its traceback the batch.
         batch.parts.clear()
         batch.task = None
         if not future.done():
@@ -180,11 +182,15 @@ async def _call_many(
         _for_all(left, Token.lose_loop)
         raise
     except BaseException as error:
-        delivered = _for_all(left, lambda token: token.fail(error))
+        delivered = _for_all(left, partial(_fail, error))
         if not all(delivered) and not isinstance(error, Exception):
             raise
         return error
     return None
+
+
+def _fail(error: BaseException, token: Token) -> bool:
+    return token.fail(error)
 
 
 async def _complete_all(

@@ -1,18 +1,17 @@
 """The driver for tasks: does the steps of flights on a Redis or Valkey server, on one event loop.
 
-One task reads the process's inbox, and, while it leads, one renews all its leases. Both end when the coalescer is closed
-or collected.
+One task reads the process's inbox, and, while it leads, one renews all its leases. Both end when the coalescer is
+closed or collected.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError
 
 from llm_batch_coalesce import _fleet_scripts as scripts
@@ -24,11 +23,25 @@ from llm_batch_coalesce._fleet_flight import (
     Call,
     Lease,
     Message,
-    Read,
     Watch,
     parse_message,
+    renewal,
 )
-from llm_batch_coalesce._redis_common import TROUBLE, WRONG, check_server, described, sha_of
+from llm_batch_coalesce._redis_clients import own_async_client, own_async_client_of_node
+from llm_batch_coalesce._redis_common import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    LOOK,
+    TROUBLE,
+    Subscription,
+    check_server,
+    described,
+    second_answer,
+    sha_of,
+    told,
+    was_cut,
+    was_demoted,
+)
 from llm_batch_coalesce._reports import in_coalescer, logger
 from llm_batch_coalesce._store import checked
 
@@ -38,26 +51,13 @@ if TYPE_CHECKING:
     from llm_batch_coalesce._fleet_flight import Step
     from llm_batch_coalesce._fleet_options import Fleet
 
-_LOOK = 1.0
-_LONGEST_PAUSE = 1.0
+# How many commands may be under way at the same time; others wait for their turn. Each has a connection.
+_MOST = 64
 
 
-def own_client(client: Any, fleet: Fleet) -> Any:  # noqa: ANN401 - a client of redis-py
-    """Make a client of the same server that gives up in time and returns bytes. Those of clusters and Sentinels stay."""
-    pool: Any = getattr(client, "connection_pool", None)
-    if type(pool) not in (redis.asyncio.ConnectionPool, redis.asyncio.BlockingConnectionPool):
-        return client
-    options = dict(pool.connection_kwargs)
-    options.update(
-        decode_responses=False,
-        socket_connect_timeout=fleet.backend_timeout,
-        retry=Retry(NoBackoff(), 0),
-        health_check_interval=0,
-    )
-    # A command's own limit is set around it; the inbox waits as long as it likes.
-    options.pop("socket_timeout", None)
-    pool = redis.asyncio.ConnectionPool(connection_class=pool.connection_class, **options)
-    return redis.asyncio.Redis(connection_pool=pool)
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 class Server:
@@ -65,19 +65,25 @@ class Server:
 
     def __init__(self, client: Any, fleet: Fleet, forget: Callable[[str | None], None]) -> None:  # noqa: ANN401
         self.loop = asyncio.get_running_loop()
-        self._client = own_client(client, fleet)
+        self._client = own_async_client(client, fleet.backend_timeout)
         self._is_own = self._client is not client
+        self._is_cluster = isinstance(client, redis.asyncio.RedisCluster)
         self._fleet = fleet
         self._forget = forget
         self._boxes: dict[str, list[asyncio.Queue[Message | None]]] = {}
         self._leases: dict[str, Lease] = {}
         self._lead = asyncio.Event()
-        self._subscribed = asyncio.Event()
-        self._closed = False
-        self._checked = False
+        self._turns = asyncio.Semaphore(_MOST)
+        self._closed = self._met = False
+        self._check: asyncio.Task[None] | None = None
         self._inbox: asyncio.Task[None] | None = None
         self._renewer: asyncio.Task[None] | None = None
         self._last_words: set[asyncio.Task[Any]] = set()
+        # The subscription: whether it is there, or could not be made, which is told in turn. `_wanted`: try now.
+        # `_deaf`: what is retained may have been forgotten elsewhere.
+        self._subscribed = self._deaf = False
+        self._told: asyncio.Future[BaseException | None] = self.loop.create_future()
+        self._wanted = asyncio.Event()
 
     async def run(self, steps: Any, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as for threads
         """Do the steps of a flight."""
@@ -91,24 +97,26 @@ class Server:
                 except StopIteration as stop:
                     return stop.value
                 if isinstance(error, asyncio.CancelledError) and isinstance(step, Ask):
-                    # The call was cancelled, and those who wait elsewhere are told; the cancelled task waits for nothing.
+                    # The call was cancelled. Those who wait elsewhere are told; the cancelled task waits for nothing.
                     self._tell_later(step)
                     raise error
                 answer = error = None
                 if isinstance(step, Watch):
                     box = await boxes.enter_async_context(self._box(step.digest))
                     continue
+                cancelled = _cancellations()
                 try:
                     answer = await self._do(step, box, fn)
                 except BaseException as raised:  # noqa: BLE001 - it goes into the flight
                     error = raised
+                if isinstance(step, Ask) and error is None and _cancellations() > cancelled:
+                    # Swallowed: `asyncio.wait_for`, which users' clients may use, does that before Python 3.12.
+                    error = asyncio.CancelledError()
 
     async def _do(self, step: Step, box: Any, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as above
         match step:
             case Ask():
                 return await self.ask(step)
-            case Read():
-                return await self._guarded(self._client.get, step.key)
             case Await():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(step.seconds):
@@ -128,8 +136,10 @@ class Server:
 
     def _tell_later(self, step: Ask) -> None:
         async def tell() -> None:
-            with contextlib.suppress(BackendTroubleError):
+            try:
                 await self.ask(step)
+            except (BackendError, BackendTroubleError) as trouble:
+                self._fleet.note_trouble(trouble)
 
         task = asyncio.create_task(tell())
         self._last_words.add(task)
@@ -149,78 +159,165 @@ class Server:
 
     async def ask(self, step: Ask) -> Any:  # noqa: ANN401 - what the script returns
         """Run a script; the first one opens the connections."""
-        await self._begin()
+        if step.script is scripts.CLAIM:
+            # Who may have to wait needs the inbox. What is said of calls under way is said after `close`, too.
+            try:
+                await self._begin()
+            except BackendTroubleError:
+                self._deaf = True
+                raise
         try:
-            return await self._guarded(
-                self._client.evalsha, sha_of(step.script), len(step.keys), *step.keys, *step.args
-            )
+            answer = await self._evaluate(step)
+        except BackendTroubleError as trouble:
+            if not was_cut(trouble.__cause__):
+                raise
+            answer = second_answer(step, await self._evaluate(step))
+        self._met = True
+        if self._closed and self._is_own:
+            await self._client.connection_pool.disconnect(inuse_connections=False)
+        return answer
+
+    async def _evaluate(self, step: Ask) -> Any:  # noqa: ANN401 - as above
+        words = (len(step.keys), *step.keys, *step.args)
+        try:
+            return await self._command("EVALSHA", sha_of(step.script), *words, key=step.keys[0])
         except NoScriptError:
-            return await self._guarded(self._client.eval, step.script, len(step.keys), *step.keys, *step.args)
+            return await self._command("EVAL", step.script, *words, key=step.keys[0])
 
-    async def read(self, key: str) -> Any:  # noqa: ANN401 - bytes or None
-        """Read a string."""
-        await self._begin()
-        return await self._guarded(self._client.get, key)
+    async def _command(self, *words: Any, key: str) -> Any:  # noqa: ANN401 - any command
+        await self._checked()
 
-    async def _guarded(self, command: Callable[..., Awaitable[Any]], *args: Any) -> Any:  # noqa: ANN401 - any command
+        async def command() -> Any:  # noqa: ANN401 - its answer
+            if not self._is_cluster:
+                return await self._client.execute_command(*words)
+            await self._client.initialize()
+            # A cluster's client does not try again if it is told whom to ask: the first try may have been heard.
+            return await self._client.execute_command(*words, target_nodes=self._client.get_node_from_key(key))
+
+        return await self._in_time(command)
+
+    async def _in_time(self, command: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - the command's answer
         try:
-            async with asyncio.timeout(self._fleet.backend_timeout):
-                return await command(*args)
+            async with asyncio.timeout(self._fleet.backend_timeout), self._turns:
+                return await command()
         except NoScriptError:
             raise
-        except (*TROUBLE, TimeoutError) as error:
-            if isinstance(error, WRONG) and not self._checked:
-                raise BackendError(f"the server refuses the client: {described(error)}") from error
-            raise BackendTroubleError(described(error)) from error
+        except TROUBLE as error:
+            if self._is_own and (was_cut(error) or was_demoted(error)):
+                # The others are no better.
+                with contextlib.suppress(*TROUBLE):
+                    await self._client.connection_pool.disconnect(inuse_connections=False)
+            raise told(error, first=not self._met) from error
+
+    async def _checked(self) -> None:
+        """Look at the server; all that come meanwhile wait for one answer."""
+        if self._check is None or (self._check.done() and (self._check.cancelled() or self._check.exception())):
+            self._check = asyncio.create_task(self._check_server())
+            self._check.add_done_callback(lambda check: check.cancelled() or check.exception())
+        await asyncio.shield(self._check)
+
+    async def _check_server(self) -> None:
+        info: Any = None
+        try:
+            info = await self._in_time(lambda: self._client.execute_command("INFO"))
+        except BackendError as error:
+            # Who may not ask that may do everything else.
+            if not isinstance(error.__cause__, NoPermissionError):
+                raise
+        check_server(info)
 
     async def _begin(self) -> None:
+        """Wait for the inbox; the first one starts it."""
         if self._closed:
             raise RuntimeError("the coalescer is closed")
-        if not self._checked:
-            info: dict[str, Any] = {}
-            with contextlib.suppress(NoPermissionError):
-                info = await self._guarded(self._client.info)
-            check_server(info)
-            self._checked = True
+        if self._subscribed:
+            return
+        await self._checked()
         if self._inbox is None:
             self._inbox = asyncio.create_task(self._listen(), name="coalesce-inbox")
-        if not self._subscribed.is_set():
-            try:
-                async with asyncio.timeout(self._fleet.backend_timeout):
-                    await self._subscribed.wait()
-            except TimeoutError:
-                raise BackendTroubleError("the server did not confirm the subscription in time") from None
+        self._wanted.set()
+        done, _ = await asyncio.wait([self._told], timeout=self._fleet.backend_timeout)
+        if self._subscribed:
+            return
+        failure = self._told_by(done)
+        if failure is None:
+            raise BackendTroubleError("the server did not confirm the subscription in time")
+        raise told(failure, first=not self._met) from failure
+
+    # The subscriber.
 
     async def _listen(self) -> None:
-        pause, lost = 0.05, False
-        while True:
+        pause = FIRST_PAUSE
+        while not self._is_over():
             try:
-                async with self._client.pubsub() as inbox:
-                    await inbox.subscribe(self._fleet.inbox, self._fleet.names.everybody())
-                    missing = 2
-                    while True:
-                        message = await inbox.get_message(timeout=_LOOK)
-                        if message is None:
-                            continue
-                        if message["type"] == "subscribe":
-                            missing -= 1
-                            if missing == 0:
-                                if lost:
-                                    # What was said meanwhile.
-                                    self._forget(None)
-                                lost = True
-                                self._subscribed.set()
-                                self._wake_all()
-                                pause = 0.05
-                        elif message["type"] == "message":
-                            self._receive(message["data"])
-            except TROUBLE as error:
+                await self._read_inbox()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                if not isinstance(error, TROUBLE):
+                    logger.exception("the inbox%s failed", in_coalescer(self._fleet.name))
                 logger.debug("the inbox%s was lost: %s", in_coalescer(self._fleet.name), described(error))
-            except Exception:
-                logger.exception("the inbox%s failed", in_coalescer(self._fleet.name))
-            self._subscribed.clear()
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                if self._subscribed:
+                    pause = FIRST_PAUSE
+                else:
+                    self._tell(error)
+                self._subscribed = False
+            if self._is_over():
+                return
+            await asyncio.sleep(FIRST_PAUSE)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wanted.wait()
+            self._wanted.clear()
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _read_inbox(self) -> None:
+        """Subscribe, and take what comes, until the connection is lost."""
+        timeout = self._fleet.backend_timeout
+        async with contextlib.AsyncExitStack() as opened:
+            async with asyncio.timeout(timeout):
+                inbox = await opened.enter_async_context((await self._inbox_client(opened)).pubsub())
+                subscription = Subscription((self._fleet.inbox, self._fleet.names.everybody()), timeout)
+                await inbox.subscribe(*subscription.channels)
+            while not self._is_over():
+                message = await inbox.get_message(timeout=min(LOOK, timeout))
+                if message is None:
+                    if subscription.must_ping():
+                        async with asyncio.timeout(timeout):
+                            await inbox.ping()
+                elif subscription.take(message):
+                    self._resume()
+                elif message["type"] == "message":
+                    self._receive(message["data"])
+
+    def _is_over(self) -> bool:
+        """Tell whether this task is to end. The client library may drop a cancellation when it reconnects."""
+        task = asyncio.current_task()
+        return self._closed or (task is not None and task.cancelling() > 0)
+
+    async def _inbox_client(self, opened: contextlib.AsyncExitStack) -> Any:  # noqa: ANN401 - a client of redis-py
+        # A pool of its own: what is cut here is not to be taken for commands.
+        if not self._is_cluster:
+            own = own_async_client(self._client, self._fleet.backend_timeout)
+            return own if own is self._client else await opened.enter_async_context(contextlib.aclosing(own))
+        # Every node of a cluster has every message; another one is tried when this one is lost.
+        await self._client.initialize()
+        own = own_async_client_of_node(secrets.choice(self._client.get_primaries()), self._fleet.backend_timeout)
+        return await opened.enter_async_context(contextlib.aclosing(own))
+
+    def _resume(self) -> None:
+        if self._deaf:
+            self._forget(None)
+        self._deaf = self._subscribed = True
+        self._tell(None)
+        self._wake_all()
+
+    def _tell(self, failure: BaseException | None) -> None:
+        """Tell those who wait for the subscription what has become of it."""
+        told, self._told = self._told, self.loop.create_future()
+        told.set_result(failure)
+
+    @staticmethod
+    def _told_by(done: set[asyncio.Future[BaseException | None]]) -> BaseException | None:
+        return next((told.result() for told in done), None)
 
     def _receive(self, content: object) -> None:
         received = parse_message(content)
@@ -238,37 +335,60 @@ class Server:
             for box in boxes:
                 box.put_nowait(None)
 
+    # The leases.
+
     async def _renew(self) -> None:
-        fleet = self._fleet
-        while True:
+        slow: set[str] = set()
+        while not self._is_over():
             await self._lead.wait()
-            await asyncio.sleep(fleet.lease_seconds / 3)
+            await asyncio.sleep(self._fleet.lease_seconds / 3)
             leases = list(self._leases.values())
             if not leases:
                 self._lead.clear()
-            for lease in leases:
-                keys = [fleet.names.flight(lease.digest), fleet.names.forgotten(lease.digest, lease.token)]
-                try:
-                    await self.ask(Ask(scripts.RENEW, keys, [lease.token, fleet.lease_ms]))
-                except BackendTroubleError as trouble:
-                    fleet.note_trouble(trouble)
-                    break
+            slow = await self._renew_all(leases, slow)
+
+    async def _renew_all(self, leases: list[Lease], slow: set[str]) -> set[str]:
+        """Renew leases, last those of nodes that were slow the last time; return which nodes are slow now."""
+        placed = [(self._node_of(lease), lease) for lease in leases]
+        placed.sort(key=lambda pair: pair[0] in slow)
+        slow = set()
+        for node, lease in placed:
+            if node in slow:
+                continue
+            try:
+                await self.ask(renewal(self._fleet, lease))
+            except (BackendError, BackendTroubleError) as trouble:
+                self._fleet.note_trouble(trouble)
+                slow.add(node)
+        return slow
+
+    def _node_of(self, lease: Lease) -> str:
+        if self._is_cluster:
+            with contextlib.suppress(*TROUBLE):
+                return str(self._client.get_node_from_key(self._fleet.names.flight(lease.digest)).name)
+        return ""
 
     def stop(self) -> None:
-        """Have the tasks end; from any thread."""
-        self._closed = True
-        tasks = [task for task in (self._inbox, self._renewer) if task is not None]
+        """Have the tasks and connections end; from any thread."""
         with contextlib.suppress(RuntimeError):
-            for task in tasks:
-                self.loop.call_soon_threadsafe(task.cancel)
+            self.loop.call_soon_threadsafe(self._close_later)
+
+    def _close_later(self) -> None:
+        task = self.loop.create_task(self.close())
+        self._last_words.add(task)
+        task.add_done_callback(self._last_words.discard)
 
     async def close(self) -> None:
         """End the tasks and the connections."""
         self._closed = True
-        tasks = [task for task in (self._inbox, self._renewer) if task is not None]
+        tasks = [task for task in (self._inbox, self._renewer, self._check) if task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._last_words, return_exceptions=True)
+        self._wake_all()
+        self._tell(None)
+        last_words = self._last_words - {asyncio.current_task()}
+        await asyncio.gather(*tasks, *last_words, return_exceptions=True)
         if self._is_own:
             with contextlib.suppress(*TROUBLE):
-                await self._client.aclose()
+                # Those that are in use have something to say of calls under way, and end after that.
+                await self._client.connection_pool.disconnect(inuse_connections=False)

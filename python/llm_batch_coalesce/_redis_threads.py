@@ -1,20 +1,20 @@
 """The driver for threads: does the steps of flights on a Redis or Valkey server.
 
-Each process has one subscriber thread, which reads its inbox, and, while it leads, one thread that renews all its leases.
-Both know the coalescer only through what they are given here, so an abandoned coalescer is collected, and ends them.
+Each process has one subscriber thread, which reads its inbox, and, while it leads, one thread that renews all its
+leases. Both know the coalescer only through what they are given here, so an abandoned coalescer is collected, and ends
+them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import secrets
 import threading
 from typing import TYPE_CHECKING, Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError
-from redis.retry import Retry
+from redis.exceptions import NoPermissionError, NoScriptError
 
 from llm_batch_coalesce import _fleet_scripts as scripts
 from llm_batch_coalesce._errors import BackendError
@@ -25,11 +25,26 @@ from llm_batch_coalesce._fleet_flight import (
     Call,
     Lease,
     Message,
-    Read,
     Watch,
     parse_message,
+    renewal,
 )
-from llm_batch_coalesce._redis_common import TROUBLE, WRONG, check_server, described, sha_of
+from llm_batch_coalesce._redis_bounded import Bounded
+from llm_batch_coalesce._redis_clients import own_client
+from llm_batch_coalesce._redis_common import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    LOOK,
+    TROUBLE,
+    Subscription,
+    check_server,
+    described,
+    second_answer,
+    sha_of,
+    told,
+    was_cut,
+    was_demoted,
+)
 from llm_batch_coalesce._reports import in_coalescer, logger
 
 if TYPE_CHECKING:
@@ -37,26 +52,6 @@ if TYPE_CHECKING:
 
     from llm_batch_coalesce._fleet_flight import Step
     from llm_batch_coalesce._fleet_options import Fleet
-
-# How long the subscriber waits for a message before it looks whether it is still wanted, in seconds.
-_LOOK = 1.0
-_LONGEST_PAUSE = 1.0
-
-
-def own_client(client: Any, fleet: Fleet) -> Any:  # noqa: ANN401 - a client of redis-py
-    """Make a client of the same server that gives up in time and returns bytes. Those of clusters and Sentinels stay."""
-    pool: Any = getattr(client, "connection_pool", None)
-    if type(pool) not in (redis.ConnectionPool, redis.BlockingConnectionPool):
-        return client
-    options = dict(pool.connection_kwargs)
-    options.update(
-        decode_responses=False,
-        socket_timeout=fleet.backend_timeout,
-        socket_connect_timeout=fleet.backend_timeout,
-        retry=Retry(NoBackoff(), 0),
-        health_check_interval=0,
-    )
-    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options))
 
 
 class Boxes:
@@ -100,8 +95,13 @@ class Server:
     """One process's connections to the server."""
 
     def __init__(self, client: Any, fleet: Fleet, forget: Callable[[str | None], None]) -> None:  # noqa: ANN401
-        self._client = own_client(client, fleet)
+        self._client = own_client(client, fleet.backend_timeout)
         self._is_own = self._client is not client
+        self._is_cluster = isinstance(client, redis.RedisCluster)
+        # A client of one server waits for no longer than its sockets; others may ask several, or try again.
+        self._bounded = (
+            None if type(getattr(self._client, "connection_pool", None)) is redis.ConnectionPool else Bounded()
+        )
         self._fleet = fleet
         self._forget = forget
         self._boxes = Boxes()
@@ -109,9 +109,16 @@ class Server:
         self._leases: dict[str, Lease] = {}
         self._lead = threading.Event()
         self._closed = threading.Event()
-        self._subscribed = threading.Event()
-        self._checked = False
-        self._threads: list[threading.Thread] = []
+        self._checked = self._met = False
+        self._inbox: threading.Thread | None = None
+        self._renewer: threading.Thread | None = None
+        # The subscription: whether it is there, how often it could not be made, and why. `_wanted`: try now.
+        # `_deaf`: what is retained may have been forgotten elsewhere.
+        self._changed = threading.Condition()
+        self._subscribed = self._deaf = False
+        self._failures = 0
+        self._failure: BaseException | None = None
+        self._wanted = threading.Event()
 
     def run(self, steps: Any, fn: Callable[[], Any]) -> Any:  # noqa: ANN401 - a flight's steps, and the user's value
         """Do the steps of a flight."""
@@ -137,8 +144,6 @@ class Server:
         match step:
             case Ask():
                 return self.ask(step)
-            case Read():
-                return self._guarded(self._client.get, step.key)
             case Await():
                 try:
                     return box.get(timeout=step.seconds)
@@ -152,82 +157,151 @@ class Server:
 
     def ask(self, step: Ask) -> Any:  # noqa: ANN401 - what the script returns
         """Run a script; the first one opens the connections."""
-        self._begin()
+        if step.script is scripts.CLAIM:
+            # Who may have to wait needs the inbox. What is said of calls under way is said after `close`, too.
+            try:
+                self._begin()
+            except BackendTroubleError:
+                self._deaf = True
+                raise
         try:
-            return self._guarded(self._client.evalsha, sha_of(step.script), len(step.keys), *step.keys, *step.args)
+            answer = self._evaluate(step)
+        except BackendTroubleError as trouble:
+            if not was_cut(trouble.__cause__):
+                raise
+            answer = second_answer(step, self._evaluate(step))
+        self._met = True
+        if self._closed.is_set() and self._is_own:
+            self._client.connection_pool.disconnect(inuse_connections=False)
+        return answer
+
+    def _evaluate(self, step: Ask) -> Any:  # noqa: ANN401 - as above
+        words = (len(step.keys), *step.keys, *step.args)
+        try:
+            return self._command("EVALSHA", sha_of(step.script), *words, key=step.keys[0])
         except NoScriptError:
-            return self._guarded(self._client.eval, step.script, len(step.keys), *step.keys, *step.args)
+            return self._command("EVAL", step.script, *words, key=step.keys[0])
 
-    def read(self, key: str) -> Any:  # noqa: ANN401 - bytes or None
-        """Read a string."""
-        self._begin()
-        return self._guarded(self._client.get, key)
+    def _command(self, *words: Any, key: str | None = None) -> Any:  # noqa: ANN401 - any command
+        if not self._checked and key is not None:
+            self._check()
 
-    def _guarded(self, command: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - any command
+        def command() -> Any:  # noqa: ANN401 - its answer
+            # A cluster's client does not try again if it is told whom to ask: the first try may have been heard.
+            where = {} if node is None else {"target_nodes": node}
+            return self._client.execute_command(*words, **where)
+
         try:
-            return command(*args)
+            node = self._client.get_node_from_key(key) if self._is_cluster and key is not None else None
+            return command() if self._bounded is None else self._bounded.run(self._fleet.backend_timeout, command)
         except NoScriptError:
             raise
         except TROUBLE as error:
-            if isinstance(error, WRONG) and not self._checked:
-                raise BackendError(f"the server refuses the client: {described(error)}") from error
-            raise BackendTroubleError(described(error)) from error
+            if self._is_own and (was_cut(error) or was_demoted(error)):
+                # The others are no better.
+                with contextlib.suppress(*TROUBLE):
+                    self._client.connection_pool.disconnect(inuse_connections=False)
+            raise told(error, first=not self._met) from error
+
+    def _check(self) -> None:
+        info: Any = None
+        try:
+            info = self._command("INFO")
+        except BackendError as error:
+            # Who may not ask that may do everything else.
+            if not isinstance(error.__cause__, NoPermissionError):
+                raise
+        check_server(info)
+        self._checked = True
 
     def _begin(self) -> None:
+        """Wait for the inbox; the first one starts it."""
         if self._closed.is_set():
             raise RuntimeError("the coalescer is closed")
+        if self._subscribed:
+            return
         if not self._checked:
-            info: dict[str, Any] = {}
-            with contextlib.suppress(redis.exceptions.NoPermissionError):
-                info = self._guarded(self._client.info)
-            check_server(info)
-            self._checked = True
-        if not self._threads:
-            with self._lock:
-                if not self._threads:
-                    self._start("coalesce-inbox", self._listen)
-        if not self._subscribed.wait(self._fleet.backend_timeout):
-            raise BackendTroubleError("the server did not confirm the subscription in time")
+            self._check()
+        with self._lock:
+            if self._inbox is None:
+                self._inbox = self._started("coalesce-inbox", self._listen)
+        with self._changed:
+            failures = self._failures
+            self._wanted.set()
+            self._changed.wait_for(
+                lambda: self._subscribed or self._failures > failures or self._closed.is_set(),
+                self._fleet.backend_timeout,
+            )
+            if self._subscribed:
+                return
+            if self._failures > failures and self._failure is not None:
+                raise told(self._failure, first=not self._met) from self._failure
+        raise BackendTroubleError("the server did not confirm the subscription in time")
 
-    def _start(self, name: str, target: Callable[[], None]) -> None:
+    @staticmethod
+    def _started(name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        return thread
 
     # The subscriber.
 
     def _listen(self) -> None:
-        pause, lost = 0.05, False
+        pause = FIRST_PAUSE
         while not self._closed.is_set():
             try:
-                with self._client.pubsub() as inbox:
-                    inbox.subscribe(self._fleet.inbox, self._fleet.names.everybody())
-                    missing = 2
-                    while not self._closed.is_set():
-                        message = inbox.get_message(timeout=_LOOK)
-                        if message is None:
-                            continue
-                        if message["type"] == "subscribe":
-                            missing -= 1
-                            if missing == 0:
-                                if lost:
-                                    # What was said meanwhile.
-                                    self._forget(None)
-                                lost = True
-                                self._subscribed.set()
-                                self._boxes.wake_all()
-                                pause = 0.05
-                        elif message["type"] == "message":
-                            self._receive(message["data"])
-            except TROUBLE as error:
-                if self._closed.is_set():
-                    return
+                self._read_inbox()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                if not isinstance(error, TROUBLE):
+                    logger.exception("the inbox%s failed", in_coalescer(self._fleet.name))
                 logger.debug("the inbox%s was lost: %s", in_coalescer(self._fleet.name), described(error))
-            except Exception:
-                logger.exception("the inbox%s failed", in_coalescer(self._fleet.name))
-            self._subscribed.clear()
-            self._closed.wait(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                with self._changed:
+                    if self._subscribed:
+                        pause = FIRST_PAUSE
+                    else:
+                        self._failures += 1
+                        self._failure = error
+                        self._changed.notify_all()
+                    self._subscribed = False
+            self._closed.wait(FIRST_PAUSE)
+            self._wanted.wait(pause)
+            self._wanted.clear()
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _read_inbox(self) -> None:
+        """Subscribe, and take what comes, until the coalescer is closed or the connection is lost."""
+        subscription = Subscription((self._fleet.inbox, self._fleet.names.everybody()), self._fleet.backend_timeout)
+        look = min(LOOK, self._fleet.backend_timeout)
+        with contextlib.ExitStack() as opened:
+            inbox = opened.enter_context(self._inbox_client(opened).pubsub())
+            inbox.subscribe(*subscription.channels)
+            while not self._closed.is_set():
+                message = inbox.get_message(timeout=look)
+                if message is None:
+                    if subscription.must_ping():
+                        inbox.ping()
+                elif subscription.take(message):
+                    self._resume()
+                elif message["type"] == "message":
+                    self._receive(message["data"])
+
+    def _inbox_client(self, opened: contextlib.ExitStack) -> Any:  # noqa: ANN401 - a client of redis-py
+        client = self._client
+        if self._is_cluster:
+            # Every node of a cluster has every message; another one is tried when this one is lost.
+            client = client.get_redis_connection(secrets.choice(client.get_primaries()))
+        # A pool of its own: what is cut here is not to be taken for commands.
+        own = own_client(client, self._fleet.backend_timeout)
+        return own if own is client else opened.enter_context(contextlib.closing(own))
+
+    def _resume(self) -> None:
+        if self._deaf:
+            self._forget(None)
+        self._deaf = True
+        with self._changed:
+            self._subscribed = True
+            self._changed.notify_all()
+        self._boxes.wake_all()
 
     def _receive(self, content: object) -> None:
         received = parse_message(content)
@@ -245,8 +319,8 @@ class Server:
     def _renewed(self, lease: Lease) -> Any:  # noqa: ANN401 - a context manager
         with self._lock:
             self._leases[lease.token] = lease
-            if len(self._threads) == 1:
-                self._start("coalesce-leases", self._renew)
+            if self._renewer is None:
+                self._renewer = self._started("coalesce-leases", self._renew)
         self._lead.set()
         try:
             yield
@@ -255,38 +329,63 @@ class Server:
                 del self._leases[lease.token]
 
     def _renew(self) -> None:
-        fleet = self._fleet
+        slow: set[str] = set()
         while not self._closed.is_set():
             self._lead.wait()
-            if self._closed.wait(fleet.lease_seconds / 3):
+            if self._closed.wait(self._fleet.lease_seconds / 3):
                 return
             with self._lock:
                 leases = list(self._leases.values())
                 if not leases:
                     self._lead.clear()
-            for lease in leases:
-                keys = [fleet.names.flight(lease.digest), fleet.names.forgotten(lease.digest, lease.token)]
-                try:
-                    self.ask(Ask(scripts.RENEW, keys, [lease.token, fleet.lease_ms]))
-                except BackendTroubleError as trouble:
-                    fleet.note_trouble(trouble)
-                    break
-                except RuntimeError:
-                    # Closed meanwhile.
-                    return
+            slow = self._renew_all(leases, slow)
+
+    def _renew_all(self, leases: list[Lease], slow: set[str]) -> set[str]:
+        """Renew leases, last those of nodes that were slow the last time; return which nodes are slow now."""
+        placed = [(self._node_of(lease), lease) for lease in leases]
+        placed.sort(key=lambda pair: pair[0] in slow)
+        slow = set()
+        for node, lease in placed:
+            if node in slow or self._closed.is_set():
+                continue
+            try:
+                self.ask(renewal(self._fleet, lease))
+            except (BackendError, BackendTroubleError) as trouble:
+                self._fleet.note_trouble(trouble)
+                slow.add(node)
+        return slow
+
+    def _node_of(self, lease: Lease) -> str:
+        if self._is_cluster:
+            with contextlib.suppress(*TROUBLE):
+                return str(self._client.get_node_from_key(self._fleet.names.flight(lease.digest)).name)
+        return ""
 
     def stop(self) -> None:
         """Have the threads end; they do so within a second."""
         self._closed.set()
         self._lead.set()
+        self._wanted.set()
+        with self._changed:
+            self._changed.notify_all()
         self._boxes.wake_all()
+        if self._bounded is not None:
+            self._bounded.close()
 
     def close(self) -> None:
         """End the threads and the connections."""
         self.stop()
-        for thread in self._threads:
+        if self._subscribed:
+            # So that the subscriber looks.
+            with contextlib.suppress(BackendError, BackendTroubleError):
+                self._command("PUBLISH", self._fleet.inbox, "")
+        with self._lock:
+            threads = [thread for thread in (self._inbox, self._renewer) if thread is not None]
+        for thread in threads:
             if thread is not threading.current_thread():
-                thread.join()
+                # A user's own client may let it wait for longer.
+                thread.join(LOOK + 2 * self._fleet.backend_timeout)
         if self._is_own:
             with contextlib.suppress(*TROUBLE):
-                self._client.close()
+                # Those that are in use have something to say of calls under way, and end after that.
+                self._client.connection_pool.disconnect(inuse_connections=False)

@@ -12,7 +12,7 @@ from llm_batch_coalesce._reports import in_coalescer, logger
 from llm_batch_coalesce._shown import shown
 
 # Each concerns one caller only. In a thread either CancelledError may come out of a call.
-_PRIVATE = (RecursiveCallError, DeadlockError, concurrent.futures.CancelledError, asyncio.CancelledError)
+PRIVATE = (RecursiveCallError, DeadlockError, concurrent.futures.CancelledError, asyncio.CancelledError)
 
 
 def settle(
@@ -27,7 +27,7 @@ def settle(
         The template of its copies, and how long it is retained in seconds, where that is not fixed; None if the error
         is not shared at all.
     """
-    if not isinstance(error, Exception) or isinstance(error, (*_PRIVATE, *private_errors)):
+    if not isinstance(error, Exception) or isinstance(error, (*PRIVATE, *private_errors)):
         return None
     template = make_template(error)
     if isinstance(error, CallResultError | MissingKeysError):

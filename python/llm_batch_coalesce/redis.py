@@ -7,7 +7,8 @@
     coalescer = DistributedBatchCoalescer(Redis.from_url("rediss://..."), ttl_seconds=5.0)
     coalescer.get_or_call(key=f"define:{term}", fn=lambda: call_llm(f"Define '{term}' in one sentence."))
 
-Callers of one process coalesce on its own map; for each flight one of them talks to the server. Needs the extra `redis`.
+Callers of one process coalesce on its own map; for each flight one of them talks to the server. Needs the extra
+`redis`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 import weakref
@@ -33,7 +35,7 @@ from llm_batch_coalesce._fleet_flight import Ask, BackendTroubleError, WaitTimeo
 from llm_batch_coalesce._fleet_keys import FleetKey, fleet_key
 from llm_batch_coalesce._fleet_options import Fleet, FleetStats, OnBackendError
 from llm_batch_coalesce._fleet_wire import DamagedError, JsonSerializer, Serializer, unpack
-from llm_batch_coalesce._redis_common import check_client, database_of
+from llm_batch_coalesce._redis_clients import check_client, database_of, is_copied
 from llm_batch_coalesce._reports import FlightInfo, Outcome
 from llm_batch_coalesce._shown import shown
 from llm_batch_coalesce._sync import BatchCoalescer
@@ -143,16 +145,24 @@ def _forgetter(local: BatchCoalescer | AsyncBatchCoalescer) -> Callable[[str | N
     return forget
 
 
+class _Connections:
+    """The server as one process sees it, once that has used it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.server: _redis_threads.Server | None = None
+
+
 class DistributedBatchCoalescer(_Member):
     """Shares one call among all threads of all processes of a fleet that ask for the same key at the same time.
 
-    For `ttl_seconds` after the call completes, later callers are served its outcome, too, wherever they are. Threads and
-    tasks (`AsyncDistributedBatchCoalescer`) of different processes share flights.
+    For `ttl_seconds` after the call completes, later callers are served its outcome, too, wherever they are.
+    Threads and tasks (`AsyncDistributedBatchCoalescer`) of different processes share flights.
 
     Args:
         client: A client of redis-py: `redis.Redis`, also of a Sentinel, or `redis.RedisCluster`. The coalescer makes
-            connections of its own to the same server, so the client stays yours; those of clusters and Sentinels are used
-            as they are, and need a `socket_timeout` and no `decode_responses`.
+            connections of its own to the same server, so the client stays yours; those of clusters and Sentinels are
+            used as they are, and need a `socket_timeout` and no `decode_responses`.
         ttl_seconds: How long a value is retained after its call has completed, in seconds; finite.
         error_ttl_seconds: The same for an `Exception`; as in `BatchCoalescer`.
         private_errors: Classes of exceptions that concern one caller only; as in `BatchCoalescer`.
@@ -165,8 +175,8 @@ class DistributedBatchCoalescer(_Member):
         serializer: An object with `dumps` and `loads`; None takes JSON, as the standard `json` has it. Do not take
             pickle unless everybody who can write to the server may run code in your processes.
         key_encoder: Makes str or bytes of keys that are no str, bytes, int, float, bool, None or tuple of them.
-        on_backend_error: What to do while the server is down, slow or refuses: `"call"` coalesces in this process alone,
-            `"raise"` raises `BackendError`. It recovers by itself.
+        on_backend_error: What to do while the server is down, slow or refuses: `"call"` coalesces in this process
+            alone, `"raise"` raises `BackendError`. It recovers by itself.
         backend_timeout_seconds: How long the server may take for an answer, in seconds.
 
     Raises:
@@ -190,7 +200,9 @@ class DistributedBatchCoalescer(_Member):
         on_backend_error: OnBackendError = "call",
         backend_timeout_seconds: float = 1.0,
     ) -> None:
-        check_client(client, (redis.Redis, redis.RedisCluster), "a redis.Redis or redis.RedisCluster")
+        kinds = (redis.Redis, redis.RedisCluster)
+        copied = is_copied(client)
+        check_client(client, kinds, "a redis.Redis or redis.RedisCluster", copied=copied, blocks=True)
         fleet = Fleet(
             ttl_seconds=ttl_seconds,
             error_ttl_seconds=error_ttl_seconds,
@@ -213,23 +225,26 @@ class DistributedBatchCoalescer(_Member):
             max_retained=max_retained,
             name=name,
         )
-        self._lock = threading.Lock()
-        self._server: _redis_threads.Server | None = None
+        # By process: the child of a fork has threads and connections of its own, and locks that no thread holds which
+        # stayed behind.
         self._process = os.getpid()
+        self._connections: dict[int, _Connections] = {self._process: _Connections()}
         self._closed = False
 
     def _connected(self) -> _redis_threads.Server:
-        if self._closed:
-            raise RuntimeError(f"{shown(self)} is closed")
-        if self._process != os.getpid():
-            # A child has threads and connections of its own; a lock may be held by a thread that stayed behind.
-            self._lock, self._server, self._process = threading.Lock(), None, os.getpid()
-            self._fleet.begin_process()
-        with self._lock:
-            if self._server is None:
-                self._server = _redis_threads.Server(self._client, self._fleet, _forgetter(self._local))
-                weakref.finalize(self, self._server.stop).atexit = False
-            return self._server
+        process = os.getpid()
+        connections = self._connections.get(process) or self._connections.setdefault(process, _Connections())
+        with connections.lock:
+            if self._closed:
+                raise RuntimeError(f"{shown(self)} is closed")
+            if connections.server is None:
+                if self._process != process:
+                    self._connections.pop(self._process, None)
+                    self._process = process
+                    self._fleet.begin_process()
+                connections.server = _redis_threads.Server(self._client, self._fleet, _forgetter(self._local))
+                weakref.finalize(self, connections.server.stop).atexit = False
+            return connections.server
 
     def get_or_call(
         self,
@@ -245,7 +260,8 @@ class DistributedBatchCoalescer(_Member):
             key: A str, bytes, int, float, bool, None, a tuple of these, or what `key_encoder` takes.
             fn: Called without arguments, in this thread, if this caller leads in the whole fleet. It may return
                 `Retain(value, ttl_seconds)`.
-            timeout: How long this caller waits for another's call, in seconds; 0 does not wait. It never bounds the call.
+            timeout: How long this caller waits for another's call, in seconds; 0 does not wait. It never bounds
+                the call.
             ttl_seconds: The TTL in seconds of the outcome that this caller leads, instead of the coalescer's.
 
         Returns:
@@ -256,8 +272,8 @@ class DistributedBatchCoalescer(_Member):
             Exception: What the call raised, if it was made in this process; as in `BatchCoalescer`.
             RemoteCallError: If a call of another process failed.
             SerializationError: If a call of another process returned what the serializer does not take.
-            BackendError: If the server cannot be used, and `on_backend_error` is `"raise"`; and at the first contact, if it
-                refuses the client, is too old, or is a read-only replica.
+            BackendError: If the server cannot be used, and `on_backend_error` is `"raise"`; and at the first contact,
+                if it refuses the client, is too old, or is a read-only replica.
             TimeoutError: If `timeout` passed. Only for this caller.
             RecursiveCallError: If the call that computes this key asks for it, in this process.
             DeadlockError: If that call waits, in the end, for this caller, in this process.
@@ -265,6 +281,7 @@ class DistributedBatchCoalescer(_Member):
             ValueError: If a number of seconds is negative, infinite or NaN.
             RuntimeError: If the coalescer is closed.
         """
+        self._connected()
         fleet_key = self._key(key)
         call = _Made(self, fleet_key, fn, timeout, ttl_seconds)
         try:
@@ -280,7 +297,7 @@ class DistributedBatchCoalescer(_Member):
         timeout: float | None = None,
         ttl_seconds: float | None = None,
     ) -> Outcome[T]:
-        """Return the same as `get_or_call`, with this caller's role in the fleet and what this process knows of the flight.
+        """Return the same as `get_or_call`, with this caller's role in the fleet and what is known of the flight.
 
         Args:
             key: As in `get_or_call`.
@@ -291,6 +308,7 @@ class DistributedBatchCoalescer(_Member):
         Raises:
             Exception: As in `get_or_call`.
         """
+        self._connected()
         fleet_key = self._key(key)
         call = _Made(self, fleet_key, fn, timeout, ttl_seconds)
         try:
@@ -311,12 +329,12 @@ class DistributedBatchCoalescer(_Member):
         Raises:
             BackendError: As in `get_or_call`.
         """
-        fleet_key, missing = self._key(key), object()
+        server, fleet_key, missing = self._connected(), self._key(key), object()
         found = self._local.peek(fleet_key, missing)
         if found is not missing:
             return found
         try:
-            payload = self._connected().read(self._fleet.names.outcome(fleet_key.digest))
+            payload = server.ask(Ask(scripts.PEEK, [self._fleet.names.outcome(fleet_key.digest)], []))
         except BackendTroubleError as trouble:
             _trouble(self._fleet, trouble)
             return default
@@ -336,10 +354,10 @@ class DistributedBatchCoalescer(_Member):
         Raises:
             BackendError: As in `get_or_call`.
         """
-        fleet_key = self._key(key)
+        server, fleet_key = self._connected(), self._key(key)
         there = self._local.forget(fleet_key)
         try:
-            return bool(self._connected().ask(_forget(self._fleet, fleet_key))) or there
+            return bool(server.ask(_forget(self._fleet, fleet_key))) or there
         except BackendTroubleError as trouble:
             _trouble(self._fleet, trouble)
             return there
@@ -347,9 +365,13 @@ class DistributedBatchCoalescer(_Member):
     def close(self) -> None:
         """End the coalescer's threads and connections; the client stays open. It cannot be used after that."""
         self._closed = True
-        server, self._server = self._server, None
-        if server is not None and self._process == os.getpid():
-            server.close()
+        connections = self._connections.pop(os.getpid(), None)
+        if connections is not None:
+            # A thread that is about to make them does so first.
+            with connections.lock:
+                server = connections.server
+            if server is not None:
+                server.close()
 
     def __enter__(self) -> Self:
         """Return the coalescer."""
@@ -373,6 +395,8 @@ class _Made:
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn must be callable, not {shown(fn)}")
+        if ttl_seconds == math.inf:
+            raise ValueError("ttl_seconds must be finite, since everything on the server has a lifetime, not inf")
         self._coalescer, self._key, self._fn = coalescer, key, fn
         self._timeout, self._ttl_seconds = timeout, ttl_seconds
         self.role: Any = None
@@ -404,13 +428,14 @@ class AsyncDistributedBatchCoalescer(_Member):
     `outcome`, `peek`, `forget` and `close` are awaited.
 
     Args:
-        client: A client of redis-py's asyncio: `redis.asyncio.Redis`, also of a Sentinel, or `redis.asyncio.RedisCluster`.
+        client: A client of redis-py's asyncio: `redis.asyncio.Redis`, also of a Sentinel, or
+            `redis.asyncio.RedisCluster`.
         ttl_seconds: As in `DistributedBatchCoalescer`, in seconds.
         error_ttl_seconds: As in `DistributedBatchCoalescer`, in seconds.
         private_errors: As in `DistributedBatchCoalescer`.
         max_retained: As in `DistributedBatchCoalescer`.
-        on_abandoned: What becomes of a call when its last caller in this process was cancelled: `"cancel"` cancels it, and
-            one waiter in the fleet takes over; `"finish"` lets it run on.
+        on_abandoned: What becomes of a call when its last caller in this process was cancelled: `"cancel"` cancels it,
+            and one waiter in the fleet takes over; `"finish"` lets it run on.
         name: As in `DistributedBatchCoalescer`.
         namespace: As in `DistributedBatchCoalescer`.
         lease_seconds: As in `DistributedBatchCoalescer`, in seconds.
@@ -442,7 +467,9 @@ class AsyncDistributedBatchCoalescer(_Member):
         backend_timeout_seconds: float = 1.0,
     ) -> None:
         kinds = (redis.asyncio.Redis, redis.asyncio.RedisCluster)
-        check_client(client, kinds, "a redis.asyncio.Redis or redis.asyncio.RedisCluster")
+        copied = is_copied(client)
+        wanted = "a redis.asyncio.Redis or redis.asyncio.RedisCluster"
+        check_client(client, kinds, wanted, copied=copied, blocks=False)
         fleet = Fleet(
             ttl_seconds=ttl_seconds,
             error_ttl_seconds=error_ttl_seconds,
@@ -504,6 +531,7 @@ class AsyncDistributedBatchCoalescer(_Member):
             asyncio.CancelledError: If this caller was cancelled.
             RuntimeError: If the coalescer is closed, or bound to another event loop.
         """
+        self._connected()
         fleet_key = self._key(key)
         call = _AsyncMade(self, fleet_key, fn, timeout, ttl_seconds)
         try:
@@ -519,7 +547,7 @@ class AsyncDistributedBatchCoalescer(_Member):
         timeout: float | None = None,
         ttl_seconds: float | None = None,
     ) -> Outcome[T]:
-        """Return the same as `get_or_call`, with this caller's role in the fleet and what this process knows of the flight.
+        """Return the same as `get_or_call`, with this caller's role in the fleet and what is known of the flight.
 
         Args:
             key: As in `get_or_call`.
@@ -530,6 +558,7 @@ class AsyncDistributedBatchCoalescer(_Member):
         Raises:
             Exception: As in `get_or_call`.
         """
+        self._connected()
         fleet_key = self._key(key)
         call = _AsyncMade(self, fleet_key, fn, timeout, ttl_seconds)
         try:
@@ -550,12 +579,12 @@ class AsyncDistributedBatchCoalescer(_Member):
         Raises:
             BackendError: As in `get_or_call`.
         """
-        fleet_key, missing = self._key(key), object()
+        server, fleet_key, missing = self._connected(), self._key(key), object()
         found = self._local.peek(fleet_key, missing)
         if found is not missing:
             return found
         try:
-            payload = await self._connected().read(self._fleet.names.outcome(fleet_key.digest))
+            payload = await server.ask(Ask(scripts.PEEK, [self._fleet.names.outcome(fleet_key.digest)], []))
         except BackendTroubleError as trouble:
             _trouble(self._fleet, trouble)
             return default
@@ -573,10 +602,10 @@ class AsyncDistributedBatchCoalescer(_Member):
         Raises:
             BackendError: As in `get_or_call`.
         """
-        fleet_key = self._key(key)
+        server, fleet_key = self._connected(), self._key(key)
         there = self._local.forget(fleet_key)
         try:
-            return bool(await self._connected().ask(_forget(self._fleet, fleet_key))) or there
+            return bool(await server.ask(_forget(self._fleet, fleet_key))) or there
         except BackendTroubleError as trouble:
             _trouble(self._fleet, trouble)
             return there
@@ -610,6 +639,8 @@ class _AsyncMade:
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn must be callable, not {shown(fn)}")
+        if ttl_seconds == math.inf:
+            raise ValueError("ttl_seconds must be finite, since everything on the server has a lifetime, not inf")
         self._coalescer, self._key, self._fn = coalescer, key, fn
         self._timeout, self._ttl_seconds = timeout, ttl_seconds
         self.role: Any = None

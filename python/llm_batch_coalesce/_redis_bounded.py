@@ -1,0 +1,85 @@
+"""Commands of a client whose own options may let it wait for long: run in threads, so that the caller can give up."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, Any
+
+import redis.exceptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# How many commands may be under way, or hang, at the same time; others wait for their turn.
+_MOST = 64
+
+
+class _Job:
+    def __init__(self, command: Callable[[], Any]) -> None:
+        self.command = command
+        self.answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self.wanted = True
+
+    def do(self) -> None:
+        if self.wanted:
+            try:
+                self.answers.put((self.command(), None))
+            except BaseException as error:  # noqa: BLE001 - it goes to the caller
+                self.answers.put((None, error))
+
+
+class Bounded:
+    """Threads for commands, made when they are needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # Jobs that nobody has begun, threads, and those of them that have nothing to do.
+        self._pending = self._threads = self._idle = 0
+        self._closed = False
+
+    def run(self, seconds: float, command: Callable[[], Any]) -> Any:  # noqa: ANN401 - the command's answer
+        """Run a command for so many seconds at most; one that is given up while it runs goes on in its thread.
+
+        Raises:
+            redis.TimeoutError: If it takes longer.
+        """
+        job = _Job(command)
+        with self._lock:
+            if self._pending >= self._idle and self._threads < _MOST:
+                threading.Thread(target=self._work, name="coalesce-command", daemon=True).start()
+                self._threads += 1
+                self._idle += 1
+            self._pending += 1
+        self._jobs.put(job)
+        try:
+            answer, error = job.answers.get(timeout=seconds)
+        except queue.Empty:
+            job.wanted = False
+            raise redis.exceptions.TimeoutError("no answer in time") from None
+        if error is not None:
+            raise error
+        return answer
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            with self._lock:
+                self._pending -= 1
+                self._idle -= 1
+            job.do()
+            del job
+            with self._lock:
+                self._idle += 1
+                if self._closed and self._pending == 0:
+                    break
+        with self._lock:
+            self._idle -= 1
+            self._threads -= 1
+
+    def close(self) -> None:
+        """End the threads when they are done."""
+        with self._lock:
+            self._closed = True
+            for _ in range(self._idle):
+                self._jobs.put(None)
