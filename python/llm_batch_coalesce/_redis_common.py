@@ -80,8 +80,11 @@ def told(error: BaseException, *, first: bool) -> BackendError | BackendTroubleE
 
 def was_cut(error: BaseException | None) -> bool:
     """Tell whether a connection was cut, perhaps long ago, so that another one may do."""
-    kept = (errors.AuthenticationError, errors.BusyLoadingError, errors.MaxConnectionsError)
-    return isinstance(error, errors.ConnectionError | ConnectionError | EOFError) and not isinstance(error, kept)
+    if isinstance(error, errors.ConnectionError):
+        refused = (errors.AuthenticationError, errors.BusyLoadingError, errors.MaxConnectionsError)
+        return not isinstance(error, refused)
+    # Until Python 3.14, a transport that is closed may raise a TypeError.
+    return isinstance(error, ConnectionError | EOFError | TypeError)
 
 
 def was_demoted(error: BaseException) -> bool:

@@ -196,7 +196,8 @@ class Server:
             return command() if self._bounded is None else self._bounded.run(self._fleet.backend_timeout, command)
         except NoScriptError:
             raise
-        except TROUBLE as error:
+        except Exception as error:
+            # Whatever it is: a transport that is closed, too, says what it likes.
             if self._is_own and (was_cut(error) or was_demoted(error)):
                 # The others are no better.
                 with contextlib.suppress(*TROUBLE):

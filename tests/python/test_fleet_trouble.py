@@ -1,0 +1,271 @@
+"""A fleet whose server is down, hangs, restarts or refuses: nobody hangs, every value is right, one call a process."""
+
+import logging
+import time
+
+import pytest
+from fleets import KINDS, Fleet, ServerProcess
+from loops import wait_until
+
+from llm_batch_coalesce import _fleet_options
+from llm_batch_coalesce.redis import BackendError
+
+# What the server is given for an answer in these tests, in seconds, and what is far too long for anybody.
+SHORT, FAR_TOO_LONG = 0.4, 20.0
+
+
+@pytest.fixture
+def lone():
+    """Be a fleet on a server that its test may break."""
+    server = ServerProcess().start()
+    fleet = Fleet(server, [])
+    try:
+        yield fleet
+        if server._process is None:
+            server.start()
+        server.resume()
+        fleet.end()
+    finally:
+        server.end()
+
+
+def pair(fleet, kind, **options):
+    """Make two members that are as impatient as tests are."""
+    options = {"backend_timeout_seconds": SHORT, "lease_seconds": 2.0} | options
+    return fleet.member(kind, **options), fleet.member(kind, **options)
+
+
+def share(first, second, key):
+    """Have two members share one call; this is how it should be."""
+    leads = first.ask(key, value="shared", hold=True).wait_for_call()
+    waits = second.ask(key, value="of its own")
+    leads.release()
+    assert (leads.result(), waits.result(), leads.calls, waits.calls) == ("shared", "shared", 1, 0)
+
+
+def wait_until_shared(first, second):
+    """Return when two members share calls again, which begins by itself."""
+    numbers = iter(range(1000))
+
+    def shared():
+        key = ("again", next(numbers))
+        return first.get(key, 1) == second.get(key, 2)
+
+    wait_until(shared)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_whose_server_is_down_at_the_start_goes_on_alone_and_joins_later(lone, kind):
+    lone.server.kill()
+    first, second = pair(lone, kind)
+    asked = first.ask("k", callers=5, value=1, hold=True).wait_for_call()
+    asked.release()
+    assert (asked.results(), asked.calls) == ([1] * 5, 1)
+    assert second.get("k", 2) == 2
+    assert first.get("k", 3) == 1, "retained in the process itself"
+    assert first.coalescer.stats().backend_errors == 1
+    lone.server.start()
+    # At once: nobody waits for anything to try again.
+    share(first, second, "later")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_retained_while_cut_off_is_dropped_when_the_server_is_there_again(lone, kind):
+    lone.server.kill()
+    first, second = pair(lone, kind, ttl_seconds=600)
+    assert (first.get("k", 1), second.get("k", 2)) == (1, 2)
+    lone.server.start()
+    share(first, second, "later")
+    # Somebody may have forgotten it meanwhile; so it comes from the server, or from a call.
+    assert first.get("k", 3) == 3
+    assert second.get("k", 4) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_is_raised_instead_if_that_was_chosen(lone, kind):
+    first, second = pair(lone, kind, on_backend_error="raise")
+    share(first, second, "before")
+    lone.server.kill()
+    asked = first.ask("k", value=1)
+    with pytest.raises(BackendError, match="cannot be used"):
+        asked.result()
+    assert asked.calls == 0
+    for name, args in [("peek", ("k",)), ("forget", ("k",))]:
+        with pytest.raises(BackendError, match="cannot be used"):
+            first.do(name, *args)
+    assert first.coalescer.stats().backend_errors == 3
+    lone.server.start()
+    share(first, second, "after")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("away", ["for good", "for a moment"])
+def test_a_server_that_is_killed_while_a_call_is_under_way_and_others_wait(lone, kind, away):
+    first, second = pair(lone, kind, lease_seconds=1.0)
+    leads = first.ask("k", callers=3, value=1, hold=True).wait_for_call()
+    waits = second.ask("k", callers=3, value=2)
+    lone.wait_for_waiting()
+    lone.server.kill()
+    if away == "for a moment":
+        lone.server.start()
+    # Those that wait look when the lease has run out, or are told to when they are connected again, and find nothing.
+    assert waits.results() == [2] * 3
+    leads.release()
+    assert leads.results() == [1] * 3
+    assert (leads.calls, waits.calls) == (1, 1)
+    if away == "for good":
+        assert first.coalescer.stats().backend_errors >= 1
+        lone.server.start()
+    else:
+        assert first.coalescer.stats().leases_lost == 1
+    wait_until_shared(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lease_that_could_not_be_renewed_is_lost_and_the_call_goes_on(lone, kind):
+    first, second = pair(lone, kind, lease_seconds=0.6, ttl_seconds=600)
+    leads = first.ask("k", value=1, hold=True).wait_for_call()
+    lone.server.kill()
+    wait_until(lambda: first.coalescer.stats().backend_errors >= 2)
+    lone.server.start()
+    assert second.get("k", 2) == 2
+    leads.release()
+    assert leads.result() == 1
+    assert first.coalescer.stats().leases_lost == 1
+    assert (first.get("k", 3), second.get("k", 4)) == (2, 2), "what was refused is retained nowhere"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_hangs_holds_nobody_up_for_long(lone, kind):
+    first, second = pair(lone, kind)
+    share(first, second, "before")
+    held = first.ask("held", value="h", hold=True).wait_for_call()
+    waits = second.ask("held", value="w")
+    lone.wait_for_waiting()
+    lone.server.pause()
+    began = time.monotonic()
+    asked = [member.ask("k", callers=4, value=number) for number, member in enumerate([first, second])]
+    assert [one.results() for one in asked] == [[0] * 4, [1] * 4]
+    assert time.monotonic() - began < FAR_TOO_LONG
+    assert [one.calls for one in asked] == [1, 1]
+    assert waits.result() in {"w", "h"}
+    time.sleep(max(0.0, 2 - (time.monotonic() - began)))
+    lone.server.resume()
+    held.release()
+    assert held.result() == "h"
+    assert (held.calls, waits.calls <= 1) == (1, True)
+    wait_until_shared(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timeouts_of_callers_hold_while_the_server_hangs(lone, kind):
+    first, second = pair(lone, kind, backend_timeout_seconds=1.0, lease_seconds=30.0)
+    held = first.ask("k", value=1, hold=True).wait_for_call()
+    second.get("elsewhere", 1)
+    lone.server.pause()
+    began = time.monotonic()
+    # In the process that leads nobody needs the server; in the other one the claim is not answered, and it calls.
+    with pytest.raises(TimeoutError):
+        first.get("k", 2, timeout=0.05)
+    assert second.get("k", 3, timeout=0.05) == 3
+    assert time.monotonic() - began < FAR_TOO_LONG
+    held.release()
+    assert held.result() == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closing_does_not_wait_for_a_server_that_hangs(lone, kind):
+    first, _ = pair(lone, kind)
+    held = first.ask("k", value=1, hold=True).wait_for_call()
+    lone.server.pause()
+    began = time.monotonic()
+    first.do("close")
+    assert time.monotonic() - began < FAR_TOO_LONG
+    held.release()
+    assert held.result() == 1, "a call that is under way belongs to its callers"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_outlives_its_coalescer_serves_all_that_wait(lone, kind):
+    first, second = pair(lone, kind, lease_seconds=10.0)
+    leads = first.ask("k", value=1, hold=True).wait_for_call()
+    waits = second.ask("k", value=2)
+    lone.wait_for_waiting()
+    first.do("close")
+    leads.release()
+    assert (leads.result(), waits.result(), waits.calls) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_those_that_wait_when_their_coalescer_is_closed_are_told(lone, kind):
+    first, second = pair(lone, kind, lease_seconds=30.0)
+    leads = first.ask("k", value=1, hold=True).wait_for_call()
+    waits = second.ask("k", value=2)
+    lone.wait_for_waiting()
+    second.do("close")
+    with pytest.raises(RuntimeError, match="closed"):
+        waits.result()
+    leads.release()
+    assert leads.result() == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scripts_that_the_server_has_forgotten_are_told_again(lone, kind):
+    first, second = pair(lone, kind)
+    lone.client.script_flush()
+    leads = first.ask("k", value=1, hold=True).wait_for_call()
+    lone.client.script_flush()
+    waits = second.ask("k", value=2)
+    lone.wait_for_waiting()
+    lone.client.script_flush()
+    leads.release()
+    assert (leads.result(), waits.result(), waits.calls) == (1, 1, 0)
+    lone.client.script_flush()
+    assert second.do("forget", "k") is True
+    assert second.coalescer.stats().backend_errors == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_server_is_trouble_and_no_more(lone, kind):
+    first, second = pair(lone, kind)
+    share(first, second, "before")
+    lone.client.config_set("maxmemory-policy", "noeviction")
+    lone.client.config_set("maxmemory", "1")
+    held = first.ask("k", value=1, hold=True).wait_for_call()
+    # Whether the server refuses the first or the second is its own business.
+    assert second.ask("k", value=2).wait_for_call().result() == 2
+    held.release()
+    assert held.result() == 1
+    assert second.coalescer.stats().backend_errors >= 1
+    lone.client.config_set("maxmemory", "0")
+    wait_until_shared(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trouble_is_logged_once_a_minute(lone, kind, caplog, monkeypatch):
+    lone.server.kill()
+    first, _ = pair(lone, kind, name="terms")
+    with caplog.at_level(logging.WARNING):
+        for key in range(5):
+            assert first.get(key, key) == key
+    (record,) = caplog.records
+    assert "'terms'" in record.getMessage()
+    assert "goes on alone" in record.getMessage()
+    assert first.coalescer.stats().backend_errors == 5
+    monkeypatch.setattr(_fleet_options, "_LOG_EVERY", 0.0)
+    first.get(5, 5)
+    assert len(caplog.records) == 2
+
+
+def test_members_of_other_processes_survive_a_restart(lone):
+    first, second = lone.processes(KINDS, backend_timeout_seconds=SHORT, lease_seconds=1.0)
+    leads = first.ask("k", callers=3, value=1, hold=True).wait_for_call()
+    waits = second.ask("k", callers=3, value=2)
+    lone.wait_for_waiting()
+    lone.server.kill()
+    lone.server.start()
+    assert waits.results() == [2] * 3
+    leads.release()
+    assert leads.results() == [1] * 3
+    assert (leads.calls, waits.calls) == (1, 1)
+    wait_until_shared(first, second)
