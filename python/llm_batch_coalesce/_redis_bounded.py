@@ -70,16 +70,16 @@ class Bounded:
             job.do()
             del job
             with self._lock:
-                self._idle += 1
                 if self._closed and self._pending == 0:
-                    break
-        with self._lock:
-            self._idle -= 1
-            self._threads -= 1
+                    self._threads -= 1
+                    return
+                self._idle += 1
 
     def close(self) -> None:
-        """End the threads when they are done."""
+        """End the threads when they are done. Commands that come later have threads of their own."""
         with self._lock:
             self._closed = True
             for _ in range(self._idle):
                 self._jobs.put(None)
+            self._threads -= self._idle
+            self._idle = 0

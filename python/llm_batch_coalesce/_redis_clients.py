@@ -125,8 +125,18 @@ def _own_options(options: dict[str, Any], timeout: float, retry: Any) -> dict[st
     notes = own.get("maint_notifications_config")
     if notes is not None:
         own["maint_notifications_config"] = type(notes)(enabled=False)
-    ties = ("cache", "cache_config", "connection_pool", "maint_notifications_pool_handler", "himport_registry")
-    for tie in (*ties, "orig_host_address", "orig_socket_timeout", "orig_socket_connect_timeout", "retry_on_timeout"):
+    for tie in (
+        "cache",
+        "cache_config",
+        "connection_pool",
+        "himport_registry",
+        "maint_notifications_pool_handler",
+        "oss_cluster_maint_notifications_handler",
+        "orig_host_address",
+        "orig_socket_connect_timeout",
+        "orig_socket_timeout",
+        "retry_on_timeout",
+    ):
         own.pop(tie, None)
     return own
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 # A client that is wrong, and not only unlucky: told at the first contact, whatever is to be done about trouble later.
 _WRONG = (errors.AuthenticationError, errors.AuthorizationError, errors.NoPermissionError, errors.ReadOnlyError)
+# What servers say, old ones and new ones, if it is a script that may not do something.
+_DENIED = ("ACL failure in script", "The user executing the script can't")
 # An error of clusters is none of the client library's own. EOFError: what the event loop's streams say.
 TROUBLE = (errors.RedisError, errors.RedisClusterException, OSError, EOFError)
 # How long a subscriber waits for a message before it looks whether it is still wanted, in seconds.
@@ -73,7 +75,10 @@ def described(error: BaseException) -> str:
 
 def told(error: BaseException, *, first: bool) -> BackendError | BackendTroubleError:
     """Say what an error of the client library is: at the first contact the client may be wrong, later it is trouble."""
-    if first and (isinstance(error, _WRONG) or isinstance(error.__cause__, _WRONG)):
+    wrong = (
+        isinstance(error, _WRONG) or isinstance(error.__cause__, _WRONG) or any(part in str(error) for part in _DENIED)
+    )
+    if first and wrong:
         return BackendError(f"the server refuses the client: {described(error)}")
     return BackendTroubleError(described(error))
 

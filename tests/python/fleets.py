@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -324,6 +325,14 @@ class Fleet:
             raise
         finally:
             self.client.close()
+
+
+def acl_rules(namespace: str) -> list[str]:
+    """Read the guide's list of what an ACL user needs."""
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    table = guide.partition("An ACL user needs")[2].partition("\n## ")[0]
+    rules = re.findall(r"`([~&+][^`]+)`", table)
+    return [rule.replace("NAMESPACE", namespace).replace("DATABASE", "0").replace("\\|", "|") for rule in rules]
 
 
 @functools.cache
