@@ -9,6 +9,12 @@
 
 Callers of one process coalesce on its own map; for each flight one of them talks to the server. Needs the extra
 `redis`.
+
+An ACL user needs, for a namespace NAME and a database 0:
+
+    ~NAME:* &NAME:0:* +evalsha +eval +get +set +del +rename +pttl +pexpire +hget +hmget +hset +hdel +hkeys +publish
+    +subscribe +ping, +info to tell of an old server or a replica, +select for another database, and for clusters
+    +cluster|slots +command
 """
 
 from __future__ import annotations
@@ -161,8 +167,8 @@ class DistributedBatchCoalescer(_Member):
 
     Args:
         client: A client of redis-py: `redis.Redis`, also of a Sentinel, or `redis.RedisCluster`. The coalescer makes
-            connections of its own to the same server, so the client stays yours; those of clusters and Sentinels are
-            used as they are, and need a `socket_timeout` and no `decode_responses`.
+            connections of its own to the same server, so the client stays yours. One of a cluster, or with a pool class
+            of your own, is used as it is, and needs a `socket_timeout` and no `decode_responses`.
         ttl_seconds: How long a value is retained after its call has completed, in seconds; finite.
         error_ttl_seconds: The same for an `Exception`; as in `BatchCoalescer`.
         private_errors: Classes of exceptions that concern one caller only; as in `BatchCoalescer`.
