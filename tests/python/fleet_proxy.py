@@ -50,7 +50,6 @@ class Proxy:
         self._refuses = False
         self._delays: dict[str, float] = {UP: 0.0, DOWN: 0.0}
         self._lost: set[str] = set()
-        self._cut_at: str | None = None
         self._thread = LoopThread()
         self._server: asyncio.Server = self._thread.start(asyncio.start_server(self._serve, HOST, 0, ssl=tls)).result()
         self.port = self._server.sockets[0].getsockname()[1]
@@ -82,10 +81,6 @@ class Proxy:
     def cut(self, only: str | None = None) -> None:
         """Reset connections."""
         self._thread.do(self._cut, only)
-
-    def cut_at_next(self, direction: str) -> None:
-        """Reset the connection of the next command as it comes by, or of the next answer: then the command was heard."""
-        self._cut_at = direction
 
     def half_close(self, direction: str, only: str | None = None) -> None:
         """End one direction: a server or a client is told that nothing comes any more, and may still talk."""
@@ -177,10 +172,6 @@ class Proxy:
                     link.is_inbox = True
                 if self._delays[direction]:
                     await asyncio.sleep(self._delays[direction])
-                if direction == self._cut_at and not link.is_inbox:
-                    self._cut_at = None
-                    link.close()
-                    return
                 if direction in link.lost:
                     continue
                 end.write(data)

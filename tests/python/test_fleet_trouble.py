@@ -4,12 +4,8 @@ import logging
 import time
 
 import pytest
-from fleet_members import Member
 from fleets import KINDS, Fleet, ServerProcess
 from loops import wait_until
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ConstantBackoff
-from redis.retry import Retry
 
 from llm_batch_coalesce import _fleet_options
 from llm_batch_coalesce.redis import BackendError
@@ -159,24 +155,6 @@ def test_a_server_that_hangs_holds_nobody_up_for_long(lone, kind):
     assert held.result() == "h"
     assert (held.calls, waits.calls <= 1) == (1, True)
     wait_until_shared(first, second)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_client_that_would_try_again_and_again_holds_nobody_up(lone, kind):
-    retries = (Retry if kind == "threads" else AsyncRetry)(ConstantBackoff(FAR_TOO_LONG), 3)
-    address = lone.server.address | {"retry": retries, "socket_timeout": None, "socket_connect_timeout": None}
-    member = Member(kind, address, {"namespace": lone.namespace, "backend_timeout_seconds": SHORT})
-    lone.server.kill()
-    began = time.monotonic()
-    assert member.get("k", 1) == 1
-    assert time.monotonic() - began < FAR_TOO_LONG
-    lone.server.start()
-    share(member, lone.member(kind), "later")
-    lone.server.pause()
-    assert member.get("hangs", 1) == 1
-    assert time.monotonic() - began < FAR_TOO_LONG
-    lone.server.resume()
-    member.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
