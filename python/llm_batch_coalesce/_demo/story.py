@@ -18,7 +18,7 @@ from llm_batch_coalesce._demo.trace import make_trace
 from llm_batch_coalesce._demo.upstream import AsyncExplainer, Explainer, Tally, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
 
@@ -39,22 +39,31 @@ def tell(options: Options) -> None:
     """
     console = Output()
     hovers = make_trace(list(load_glossary()), users=options.users, requests=options.requests, seed=options.seed)
+    with provider_for(options) as (provider, target):
+        report.introduce(console, options, hovers, target.base_url)
+        runs = _run_all(console, options, hovers, target, provider)
+    report.show_results(console, runs, price=options.price)
+    check(runs, options.ttl_seconds)
+    report.show_verdict(console, runs, ttl_seconds=options.ttl_seconds)
+
+
+@contextlib.contextmanager
+def provider_for(options: Options) -> Iterator[tuple[StandIn | None, Target]]:
+    """Provide whom to ask while the block lasts: the stand-in, or the real server that the options name.
+
+    Raises:
+        DemoError: The stand-in did not start.
+    """
     with contextlib.ExitStack() as stack:
         provider = None
         if options.base_url is None:
             provider = stack.enter_context(
                 running_stand_in(latency_seconds=options.latency_seconds, price=options.price),
             )
-        target = target_for(options, provider)
-        report.introduce(console, options, hovers, target.base_url)
-        runs = _run_all(console, options, hovers, target, provider)
-    report.show_results(console, runs, price=options.price)
-    _check(runs, options.ttl_seconds)
-    report.show_verdict(console, runs, ttl_seconds=options.ttl_seconds)
+        yield provider, _target_for(options, provider)
 
 
-def target_for(options: Options, provider: StandIn | None) -> Target:
-    """Return whom to ask: the stand-in, or the real server that the options name."""
+def _target_for(options: Options, provider: StandIn | None) -> Target:
     if provider is not None:
         return Target(
             base_url=provider.base_url,
@@ -107,7 +116,12 @@ def _run_all(
     return runs
 
 
-def _check(runs: Sequence[report.Run], ttl_seconds: float) -> None:
+def check(runs: Sequence[report.Run], ttl_seconds: float) -> None:
+    """Check that the coalesced ones of ``runs`` did not ask too often.
+
+    Raises:
+        DemoError: One of them did.
+    """
     for run in runs:
         windows = run.windows(ttl_seconds)
         if run.coalesced and run.usage.calls > windows:

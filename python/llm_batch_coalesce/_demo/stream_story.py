@@ -19,8 +19,7 @@ from llm_batch_coalesce._demo.glossary import load_glossary
 from llm_batch_coalesce._demo.output import Output
 from llm_batch_coalesce._demo.reading import Board, State, read_together
 from llm_batch_coalesce._demo.report import dollars, say
-from llm_batch_coalesce._demo.stand_in import running_stand_in
-from llm_batch_coalesce._demo.story import target_for
+from llm_batch_coalesce._demo.story import provider_for
 from llm_batch_coalesce._demo.stream_view import view_of
 from llm_batch_coalesce._demo.streaming import StreamingExplainer
 from llm_batch_coalesce._demo.upstream import Tally
@@ -62,13 +61,7 @@ def tell(options: Options) -> None:
     audience = make_audience(options.users, options.seed)
     glossary = load_glossary()
     term = max(glossary, key=lambda term: len(glossary[term]))
-    with contextlib.ExitStack() as stack:
-        provider = None
-        if options.base_url is None:
-            provider = stack.enter_context(
-                running_stand_in(latency_seconds=options.latency_seconds, price=options.price),
-            )
-        target = target_for(options, provider)
+    with provider_for(options) as (provider, target):
         _introduce(console, options, audience, term, target.base_url)
         expected = math.ceil(len(glossary[term]) / _CHARACTERS_PER_TOKEN)
         teller = _Teller(console, options, audience, term, expected, target, provider)

@@ -208,14 +208,14 @@ def said_clearly(target: Target) -> Iterator[None]:
         message = f"no answer from {target.url} within {wait}; {target.advice}"
         raise DemoError(message) from None
     except httpx2.ConnectError as error:
-        message = f"cannot connect to {target.url} ({_one_line(error)}); {target.advice}"
+        message = f"cannot connect to {target.url} ({one_line(error)}); {target.advice}"
         raise DemoError(message) from None
     except httpx2.RequestError as error:
-        message = f"the exchange with {target.url} broke off ({_one_line(error)}); {target.advice}"
+        message = f"the exchange with {target.url} broke off ({one_line(error)}); {target.advice}"
         raise DemoError(message) from None
     except (httpx2.InvalidURL, ImportError, OSError, ValueError) as error:
         # A host name that cannot exist; a proxy or a certificate file, named in the environment, that cannot be used.
-        message = f"cannot ask {target.url} ({_one_line(error)}); check --base-url and the environment's proxy settings"
+        message = f"cannot ask {target.url} ({one_line(error)}); check --base-url and the environment's proxy settings"
         raise DemoError(message) from None
 
 
@@ -259,12 +259,13 @@ def reason_given(answer: Any) -> str:  # noqa: ANN401 - any JSON
     """Return the message of an error in the form that OpenAI's API and most others give it, or nothing."""
     try:
         error = answer["error"]
-        return _one_line(error["message"] if isinstance(error, dict) else error)
+        return one_line(error["message"] if isinstance(error, dict) else error)
     except (LookupError, TypeError):
         return ""
 
 
-def _one_line(reason: object) -> str:
+def one_line(reason: object) -> str:
+    """Return a reason as it can be shown."""
     # It comes from elsewhere and goes to a terminal: no line breaks, no control sequences, no novels.
     text = "".join(character for character in " ".join(str(reason).split()) if character.isprintable())
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
