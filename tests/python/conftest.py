@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fleet_proxy import behind, proxy
 from fleets import fleet, idle_processes, server
+from http_fixtures import callers, library, provider, running
 
-__all__ = ["fleet", "idle_processes", "server"]  # fixtures, one of each for all modules
+# Fixtures, one of each for all modules.
+__all__ = ["behind", "callers", "fleet", "idle_processes", "library", "provider", "proxy", "running", "server"]
 
 
 class Crew:

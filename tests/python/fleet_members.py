@@ -127,16 +127,16 @@ class Asked:
 class Member:
     """A coalescer of this process, for threads or for tasks, which are on a loop of its own."""
 
-    def __init__(self, kind: str, address: dict[str, Any], options: dict[str, Any]) -> None:
+    def __init__(self, kind: str, address: dict[str, Any], options: dict[str, Any], client: Any = None) -> None:
         self.kind = kind
         self._asked: list[Asked] = []
         self._threads: list[threading.Thread] = []
         self.loop: LoopThread | None = None
         if kind == "threads":
-            self.client: Any = redis.Redis(**address)
+            self.client: Any = client or redis.Redis(**address)
             self.coalescer: Any = DistributedBatchCoalescer(self.client, **options)
         else:
-            self.client = redis.asyncio.Redis(**address)
+            self.client = client or redis.asyncio.Redis(**address)
             self.coalescer = AsyncDistributedBatchCoalescer(self.client, **options)
             self.loop = LoopThread()
 

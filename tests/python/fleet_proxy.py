@@ -6,15 +6,21 @@ are there; those that ask for it hit later ones, too, until `heal`. A connection
 
 import asyncio
 import contextlib
+import hashlib
 import socket
 import ssl
 import struct
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from fleets import HOST
+import pytest
+from fleets import HOST, Fleet, ServerProcess
 from loops import LoopThread, let_run, wait_until
 
 UP, DOWN = "up", "down"
+# What members behind a proxy give the server for an answer; and no lease of theirs runs out during a test, unless that
+# is what it is about.
+SHORT, LONG_LEASE = 0.4, 50.0
 
 
 class Link:
@@ -24,6 +30,8 @@ class Link:
         self.ends = {UP: server, DOWN: client}
         self.is_inbox = False
         self.lost: set[str] = set()
+        # It is cut when the server answers.
+        self.is_doomed = False
 
     def chosen(self, only: str | None) -> bool:
         return only is None or (only == "inbox") == self.is_inbox
@@ -50,6 +58,8 @@ class Proxy:
         self._refuses = False
         self._delays: dict[str, float] = {UP: 0.0, DOWN: 0.0}
         self._lost: set[str] = set()
+        # Which scripts are to be cut on their way: their digest, whether the server hears of them, how many more.
+        self._cut_sha, self._cut_heard, self._cuts_left = b"", False, 0
         self._thread = LoopThread()
         self._server: asyncio.Server = self._thread.start(asyncio.start_server(self._serve, HOST, 0, ssl=tls)).result()
         self.port = self._server.sockets[0].getsockname()[1]
@@ -63,14 +73,23 @@ class Proxy:
 
     def __exit__(self, *_: object) -> None:
         async def close() -> None:
+            # Those that are accepted already begin to be served in the rounds that follow, which needs the server.
+            for listener in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listener)
+            await let_run()
             self._server.close()
             self._cut(None)
+            # They may be in a delay, or about to connect.
+            for task in self._serving:
+                task.cancel()
             await asyncio.gather(*self._serving, return_exceptions=True)
             # Transports close in the rounds that follow.
             await let_run()
 
-        self._thread.start(close()).result()
-        self._thread.end()
+        try:
+            self._thread.start(close()).result()
+        finally:
+            self._thread.end()
 
     # Faults.
 
@@ -81,6 +100,19 @@ class Proxy:
     def cut(self, only: str | None = None) -> None:
         """Reset connections."""
         self._thread.do(self._cut, only)
+
+    def cut_scripts(self, script: str, *, heard: bool, times: int = 1) -> None:
+        """Reset the connections of those that run a script next, on its way to the server, or its answer's way back."""
+        sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest().encode()
+
+        def begin() -> None:
+            self._cut_sha, self._cut_heard, self._cuts_left = sha, heard, times
+
+        self._thread.do(begin)
+
+    def wait_for_cuts(self) -> None:
+        """Return when all scripts that were to be cut have been."""
+        wait_until(lambda: self._thread.do(lambda: not self._cuts_left and not any(x.is_doomed for x in self._links)))
 
     def half_close(self, direction: str, only: str | None = None) -> None:
         """End one direction: a server or a client is told that nothing comes any more, and may still talk."""
@@ -147,16 +179,18 @@ class Proxy:
             return
         try:
             from_server, to_server = await asyncio.open_connection(HOST, self._target)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             to_client.transport.abort()
             return
         link = Link(to_client, to_server)
         link.lost.update(self._lost)
         self._links.append(link)
         try:
-            async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump(link, UP, from_client))
-                pumps.create_task(self._pump(link, DOWN, from_server))
+            # Streams of Python 3.11 log what is cancelled.
+            with contextlib.suppress(asyncio.CancelledError):
+                async with asyncio.TaskGroup() as pumps:
+                    pumps.create_task(self._pump(link, UP, from_client))
+                    pumps.create_task(self._pump(link, DOWN, from_server))
         finally:
             self._links.remove(link)
             for end in link.ends.values():
@@ -172,6 +206,9 @@ class Proxy:
                     link.is_inbox = True
                 if self._delays[direction]:
                     await asyncio.sleep(self._delays[direction])
+                if self._is_cut(link, direction, data):
+                    link.close()
+                    return
                 if direction in link.lost:
                     continue
                 end.write(data)
@@ -179,3 +216,36 @@ class Proxy:
         if direction not in link.lost:
             with contextlib.suppress(OSError):
                 end.write_eof() if end.can_write_eof() else end.close()
+
+    def _is_cut(self, link: Link, direction: str, data: bytes) -> bool:
+        if direction == UP and self._cuts_left and self._cut_sha in data:
+            self._cuts_left -= 1
+            link.is_doomed = True
+            return not self._cut_heard
+        return direction == DOWN and link.is_doomed
+
+
+@pytest.fixture
+def proxy(server: ServerProcess) -> Iterator[Proxy]:
+    with Proxy(server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def behind(fleet: Fleet, proxy: Proxy) -> Iterator[Callable[..., Any]]:
+    """Make members that reach the server through the proxy."""
+    from fleet_members import Member
+
+    made = []
+
+    def make(kind: str, **options: Any) -> Member:
+        own = {"namespace": fleet.namespace, "backend_timeout_seconds": SHORT, "lease_seconds": LONG_LEASE}
+        member = Member(kind, proxy.address, own | options)
+        made.append(member)
+        return member
+
+    yield make
+    proxy.heal()
+    proxy.cut()
+    for member in made:
+        member.close()

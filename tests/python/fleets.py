@@ -256,11 +256,11 @@ class Fleet:
         self._members: list[Any] = []
         self._processes: list[Process] = []
 
-    def member(self, kind: str = "threads", *, database: int = 0, **options: Any) -> Any:
-        """Make a member in this process; options are those of the coalescer."""
+    def member(self, kind: str = "threads", *, database: int = 0, client: Any = None, **options: Any) -> Any:
+        """Make a member in this process, with a client of its own or of the test's; options are the coalescer's."""
         from fleet_members import Member
 
-        member = Member(kind, self._address(database), {"namespace": self.namespace} | options)
+        member = Member(kind, self._address(database), {"namespace": self.namespace} | options, client)
         self._members.append(member)
         return member
 
@@ -325,6 +325,17 @@ class Fleet:
             raise
         finally:
             self.client.close()
+
+
+def wait_until_shared(first: Any, second: Any) -> None:
+    """Return when two members share calls again, which begins by itself."""
+    numbers = itertools.count()
+
+    def shared() -> bool:
+        key = ("again", next(numbers))
+        return first.get(key, 1) == second.get(key, 2)
+
+    wait_until(shared)
 
 
 def acl_rules(namespace: str) -> list[str]:

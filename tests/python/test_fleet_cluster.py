@@ -1,5 +1,6 @@
 """A fleet on a cluster of three nodes, and on a server that a Sentinel names."""
 
+import math
 import time
 
 import pytest
@@ -9,23 +10,13 @@ import redis.asyncio.sentinel
 import redis.sentinel
 from fleet_members import Member
 from fleets import HOST, KINDS, ServerProcess, acl_rules
-from loops import LoopThread, wait_until
+from loops import wait_until
+from redis.crc import key_slot
 
 from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer
 
 SHORT = 0.5
 SLOTS = 16384
-
-
-class MemberWith(Member):
-    """A member with a client that the test has made."""
-
-    def __init__(self, kind, client, **options):
-        self.kind, self.client = kind, client
-        self._asked, self._threads = [], []
-        self.loop = None if kind == "threads" else LoopThread()
-        made = DistributedBatchCoalescer if kind == "threads" else AsyncDistributedBatchCoalescer
-        self.coalescer = made(client, **options)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +76,7 @@ def members(nodes, request):
         node = nodes[len(made) % 3]
         client = (redis if kind == "threads" else redis.asyncio).RedisCluster(**node.address, socket_timeout=2.0)
         options = {"backend_timeout_seconds": 5.0, "namespace": request.node.name.partition("[")[0]} | options
-        made.append(MemberWith(kind, client, **options))
+        made.append(Member(kind, {}, options, client))
         return made[-1]
 
     yield make
@@ -99,12 +90,15 @@ def members(nodes, request):
             client.flushall()
 
 
+def flight_of(member, key):
+    """Return what the server calls the flight of a key."""
+    return member.coalescer._fleet.names.flight(member.coalescer._key(key).digest)
+
+
 def node_of(nodes, member, key):
     """Return which node has a key."""
-    name = member.coalescer._fleet.names.flight(member.coalescer._key(key).digest)
-    with redis.RedisCluster(**nodes[0].address) as client:
-        port = client.get_node_from_key(name).port
-    return next(node for node in nodes if node.port == port)
+    slot = key_slot(flight_of(member, key).encode())
+    return next(node for number, node in enumerate(nodes, 1) if slot < SLOTS * number // 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,6 +175,35 @@ def test_a_node_that_hangs_is_trouble_for_its_own_keys_only(nodes, members, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_leases_on_other_nodes_are_renewed_while_a_node_hangs(nodes, members, kind):
+    first, second = (members(kind, backend_timeout_seconds=SHORT, lease_seconds=2.0) for _ in range(2))
+    assert (first.get("before", 1), second.get("before", 2)) == (1, 1)
+    dead, *live = [[key for key in range(100) if node_of(nodes, first, key) is node][:8] for node in reversed(nodes)]
+    lives = [key for keys in live for key in keys[:2]]
+    # To wait for the answer to each of those that come first takes longer than a lease.
+    leads = {key: first.ask(key, value=key, hold=True).wait_for_call() for key in [*dead, *lives]}
+    assert len(leads) == 12
+    left, renewals = dict.fromkeys(lives, math.inf), dict.fromkeys(lives, 0)
+
+    def have_been_renewed():
+        for key in lives:
+            with node_of(nodes, first, key).client() as client:
+                now = client.pttl(flight_of(first, key))
+            assert now > 0, "a lease has run out"
+            renewals[key] += now > left[key]
+            left[key] = now
+        return min(renewals.values()) >= 4  # which takes longer than a lease
+
+    nodes[2].pause()
+    wait_until(have_been_renewed)
+    waits = {key: second.ask(key, value="wrong") for key in lives}
+    for one in leads.values():
+        one.release()
+    assert {key: one.result() for key, one in leads.items()} == {key: key for key in leads}
+    assert {key: (one.result(), one.calls) for key, one in waits.items()} == {key: (key, 0) for key in lives}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_user_who_may_do_only_what_the_guide_says(nodes, kind):
     made = []
     try:
@@ -191,7 +214,7 @@ def test_a_user_who_may_do_only_what_the_guide_says(nodes, kind):
         for node in nodes[:2]:
             user = node.address | {"username": "fleet", "password": "secret", "socket_timeout": 2.0}
             client = (redis if kind == "threads" else redis.asyncio).RedisCluster(**user)
-            made.append(MemberWith(kind, client, namespace="mine", backend_timeout_seconds=5.0))
+            made.append(Member(kind, {}, {"namespace": "mine", "backend_timeout_seconds": 5.0}, client))
         for key in range(5):
             leads = made[0].ask(key, value=1, hold=True).wait_for_call()
             waits = made[1].ask(key, value=2)
@@ -249,7 +272,7 @@ def test_the_primary_that_a_sentinel_names(kind):
             named = module.Sentinel([(HOST, sentinel.port)], socket_timeout=2.0)
             sentinels.append(named.sentinels[0])
             client = named.master_for("watched", decode_responses=True, socket_timeout=2.0)
-            members.append(MemberWith(kind, client, backend_timeout_seconds=SHORT, lease_seconds=2.0))
+            members.append(Member(kind, {}, {"backend_timeout_seconds": SHORT, "lease_seconds": 2.0}, client))
         first, second = members
         leads = first.ask("k", value=1, hold=True).wait_for_call()
         waits = second.ask("k", value=2)

@@ -54,6 +54,19 @@ def test_close_ends_threads_and_connections(fleet, kind):
 
 
 @both_kinds
+def test_a_process_leads_more_flights_than_its_client_may_have_connections(fleet, kind):
+    library = redis if kind == "threads" else redis.asyncio
+    before = connections(fleet)
+    member = fleet.member(kind, client=library.Redis(**fleet.server.address, max_connections=2))
+    asked = [member.ask(key, value=key, hold=True) for key in range(200)]
+    for each in asked:
+        each.wait_for_call().release()
+    assert [each.result() for each in asked] == list(range(200))
+    assert (member.do("stats").calls, member.do("stats").backend_errors) == (200, 0)
+    assert connections(fleet) <= before + 2
+
+
+@both_kinds
 def test_close_ends_waits_and_leaves_calls_their_results(fleet, kind):
     leader, member = fleet.member(kind, lease_seconds=1), fleet.member(kind)
     led = leader.ask("k", value="v", hold=True, callers=2).wait_for_call()

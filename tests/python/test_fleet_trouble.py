@@ -4,8 +4,13 @@ import logging
 import time
 
 import pytest
-from fleets import KINDS, Fleet, ServerProcess
+import redis
+import redis.asyncio
+from fleets import KINDS, Fleet, ServerProcess, wait_until_shared
 from loops import wait_until
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from llm_batch_coalesce import _fleet_options
 from llm_batch_coalesce.redis import BackendError
@@ -41,17 +46,6 @@ def share(first, second, key):
     waits = second.ask(key, value="of its own")
     leads.release()
     assert (leads.result(), waits.result(), leads.calls, waits.calls) == ("shared", "shared", 1, 0)
-
-
-def wait_until_shared(first, second):
-    """Return when two members share calls again, which begins by itself."""
-    numbers = iter(range(1000))
-
-    def shared():
-        key = ("again", next(numbers))
-        return first.get(key, 1) == second.get(key, 2)
-
-    wait_until(shared)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,6 +149,39 @@ def test_a_server_that_hangs_holds_nobody_up_for_long(lone, kind):
     assert held.result() == "h"
     assert (held.calls, waits.calls <= 1) == (1, True)
     wait_until_shared(first, second)
+
+
+class OwnPool(redis.ConnectionPool):
+    """A client with a pool of a class of its own is used as it is, and so are its retries."""
+
+
+class OwnAsyncPool(redis.asyncio.ConnectionPool):
+    """The same for tasks."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("used", ["copied", "as it is"])
+def test_a_client_that_tries_again_for_ever_holds_nobody_up(lone, kind, used):
+    if kind == "threads":
+        module, retry, pool = redis, Retry, OwnPool
+    else:
+        module, retry, pool = redis.asyncio, AsyncRetry, OwnAsyncPool
+    pool = module.ConnectionPool if used == "copied" else pool
+    patient = pool(**lone.server.address, retry=retry(ConstantBackoff(0.01), -1), socket_timeout=SHORT / 4)
+    second = lone.member(kind, backend_timeout_seconds=SHORT, lease_seconds=2.0)
+    first = lone.member(kind, client=module.Redis.from_pool(patient), backend_timeout_seconds=SHORT, lease_seconds=2.0)
+    share(first, second, "before")
+    for fault, end in [(lone.server.kill, lone.server.start), (lone.server.pause, lone.server.resume)]:
+        leads = first.ask((fault.__name__, "under way"), value=1, hold=True).wait_for_call()
+        fault()
+        # Who leads has to tell, who comes has to ask, and nobody is answered.
+        leads.release()
+        asked = first.ask(fault.__name__, callers=3, value=2)
+        assert (leads.result(), asked.results(), asked.calls) == (1, [2] * 3, 1)
+        end()
+        wait_until_shared(first, second)
+    lone.server.kill()
+    first.do("close")
 
 
 @pytest.mark.parametrize("kind", KINDS)

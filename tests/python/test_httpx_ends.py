@@ -10,13 +10,12 @@ import sys
 import types
 import weakref
 
-import httpx
 import httpx2
 import pytest
 from http_callers import Inner, Tasks, Threads, raised
 from http_sdks import GROQ, OPENAI, warm
 from loops import PATIENCE, wait_until
-from provider import BREAK, HOLD, TEXT, Answer, Gate, running_provider, sdk_answer
+from provider import BREAK, HOLD, TEXT, Answer, Gate, sdk_answer
 
 from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, SharedCallError, _http_async, _http_sync
 from llm_batch_coalesce._http_parts import EndMark, Head
@@ -27,29 +26,9 @@ EVENTS = {"content-type": "text/event-stream; charset=utf-8"}
 
 
 @pytest.fixture(scope="module")
-def running():
-    with running_provider() as provider:
-        warm(provider)
-        yield provider
-
-
-@pytest.fixture
-def provider(running):
-    running.reset()
-    running.url = running.root + "/v1/answers"
-    yield running
-    running.release()
-
-
-@pytest.fixture(params=[httpx2, httpx], ids=lambda library: library.__name__)
-def library(request):
-    return request.param
-
-
-@pytest.fixture(params=[Threads, Tasks], ids=lambda kind: kind.__name__)
-def callers(request, library):
-    with request.param(library) as made:
-        yield made
+def running(running):
+    warm(running)
+    return running
 
 
 # OpenAI's clients stop reading at the mark, and close the response before they have seen its end.

@@ -8,7 +8,7 @@ import sys
 import httpx
 import httpx2
 import pytest
-from http_callers import URL, Inner, Tasks, Threads
+from http_callers import URL, Inner, Threads
 
 import llm_batch_coalesce.httpx
 from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer
@@ -18,17 +18,6 @@ from llm_batch_coalesce.httpx import (
     AsyncCoalescingTransport,
     CoalescingTransport,
 )
-
-
-@pytest.fixture(params=[httpx2, httpx], ids=lambda library: library.__name__)
-def library(request):
-    return request.param
-
-
-@pytest.fixture(params=[Threads, Tasks], ids=lambda kind: kind.__name__)
-def callers(request, library):
-    with request.param(library) as made:
-        yield made
 
 
 def numbered(library):

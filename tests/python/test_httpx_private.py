@@ -5,41 +5,14 @@ import gc
 import time
 import types
 
-import httpx
-import httpx2
 import pytest
 from http_callers import URL, Inner, Tasks, Threads, present, raised
 from loops import PATIENCE, wait_until
-from provider import HOLD, Answer, running_provider
+from provider import HOLD, Answer
 
 from llm_batch_coalesce import _http_async, _http_parts, _http_sync
 
 PATIENT = None  # no timeout at all
-
-
-@pytest.fixture(scope="module")
-def running():
-    with running_provider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def provider(running):
-    running.reset()
-    running.url = running.root + "/v1/answers"
-    yield running
-    running.release()
-
-
-@pytest.fixture(params=[httpx2, httpx], ids=lambda library: library.__name__)
-def library(request):
-    return request.param
-
-
-@pytest.fixture(params=[Threads, Tasks], ids=lambda kind: kind.__name__)
-def callers(request, library):
-    with request.param(library) as made:
-        yield made
 
 
 def in_halves(_):

@@ -7,7 +7,7 @@ import pytest
 from http_callers import present
 from http_sdks import OPENAI, SDKS, warm
 from loops import PATIENCE, wait_until
-from provider import TEXT, running_provider, sdk_answer
+from provider import TEXT, sdk_answer
 
 from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer
 from llm_batch_coalesce.httpx import AsyncCoalescingTransport, CoalescingTransport
@@ -16,17 +16,9 @@ CALLERS = 50
 
 
 @pytest.fixture(scope="module")
-def running():
-    with running_provider() as provider:
-        warm(provider)
-        yield provider
-
-
-@pytest.fixture
-def provider(running):
-    running.reset()
-    yield running
-    running.release()
+def running(running):
+    warm(running)
+    return running
 
 
 @pytest.fixture(params=SDKS, ids=lambda sdk: sdk.name)

@@ -138,11 +138,11 @@ def run_nested(loop, task):
     return task.result()
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_task_may_run_the_loop_until_another_is_done_that_was_woken_with_it(woken, first):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_task_may_run_the_loop_until_another_is_done_that_was_woken_with_it(woken, number):
     asked = []
     work = [None, None, None]
-    work[0 if first else -1] = lambda _: run_nested(loop, asked[-1 if first else 1])
+    work[number] = lambda _: run_nested(loop, asked[-1])
     loop, tasks = woken(*work)
     asked.extend(tasks)
     loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
@@ -316,34 +316,35 @@ from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer
 
 keeping, dropping = BatchCoalescer(60), BatchCoalescer(0)
 evicting, tasks = BatchCoalescer(60, max_retained=10), AsyncBatchCoalescer(0)
-busy = threading.Semaphore(0)
+begun = threading.Semaphore(0)
+
+def be_long(*_):
+    for _ in range(2000): pass
 
 class Key(int):
-    def __hash__(self):
-        for _ in range(200): pass
-        return int(self)
-
+    def __hash__(self): return be_long() or int(self)
 class Value:
-    def __del__(self):
-        for _ in range(100): pass
-
+    __del__ = be_long
 class Upstream:
-    def __iter__(self):
-        return self
-    def __next__(self):
-        return 1
+    def __iter__(self): return iter([1])
     def __getattr__(self, name):
-        for _ in range(300): pass
+        be_long()
         raise AttributeError(name)
+class Loop(asyncio.SelectorEventLoop):
+    def call_soon(self, *args, **options):
+        be_long()
+        return super().call_soon(*args, **options)
 
 keys = list(map(Key, range(20)))
 def generate():
-    for number in keys:
-        for _ in range(100): pass
-        yield int(number)
+    for number in range(20): yield be_long() or number
 
-def ones(keys):
-    return [1] * len(keys)
+def ones(keys): return [1] * len(keys)
+
+def forget():
+    key = random.random()
+    keeping.get_or_call(key, Value)
+    keeping.forget(key)
 
 def read_one(fn):
     stream = dropping.stream(random.random(), fn)
@@ -355,13 +356,12 @@ WORKS = {
     "keys with a hash": lambda: keeping.get_or_call_many(keys, ones),
     "closed upstreams": lambda: read_one(Upstream),
     "dropped items": lambda: read_one(lambda: iter([Value(), Value(), Value()])),
-    "dropped values": lambda: dropping.get_or_call(random.random(), Value),
+    "forgotten values": forget,
     "evicted values": lambda: evicting.get_or_call(random.random(), Value),
-    "cancelled waiters": lambda: asyncio.run(cancel_waiters()),
+    "cancelled waiters": lambda: asyncio.Runner(loop_factory=Loop).run(cancel_waiters()),
 }
 
-async def forever():
-    await asyncio.Event().wait()
+async def forever(): await asyncio.Event().wait()
 async def cancel_waiters():
     key = threading.get_ident()
     leader = asyncio.ensure_future(tasks.get_or_call(key, forever))
@@ -371,24 +371,24 @@ async def cancel_waiters():
         await asyncio.sleep(0)
         for waiter in waiters: waiter.cancel()
         await asyncio.gather(*waiters, return_exceptions=True)
-        busy.release()
+        begun.release()
 
 def repeat(work):
-    while True:
+    for _ in range(4):
         work()
-        busy.release()
+        begun.release()
+    while True:  # nothing else, so that the end most likely comes in the midst of it
+        work()
 
-for _ in range(6):
-    threading.Thread(target=repeat, args=(WORKS[sys.argv[1]],), daemon=True).start()
-for _ in range(20):
-    busy.acquire()
+for _ in range(6): threading.Thread(target=repeat, args=(WORKS[sys.argv[1]],), daemon=True).start()
+for _ in range(20): begun.acquire()
 time.sleep(random.random() * 0.02)
 print("done")
 """
 
 
 OF_BATCHES = ["keys from a generator", "keys with a hash"]
-OF_DROPS = ["closed upstreams", "dropped items", "dropped values", "evicted values"]
+OF_DROPS = ["closed upstreams", "dropped items", "forgotten values", "evicted values"]
 
 
 @pytest.mark.parametrize("work", [*OF_BATCHES, *OF_DROPS, "cancelled waiters"])
