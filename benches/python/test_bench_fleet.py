@@ -1,7 +1,8 @@
 """What a flight costs that a fleet shares, on a server on loopback."""
 
 import itertools
-import threading
+import multiprocessing
+import statistics
 import time
 
 import pytest
@@ -38,69 +39,68 @@ def test_a_flight_against_two_commands(compare, client):
         compare(ours, bare, target=1.5, rounds=15, unit_count=count)
 
 
-def test_waking_a_waiter_against_a_message(compare, client):  # noqa: C901 - two programs, side by side
-    """a waiter in another process's place, from completion until it has the value / a bare message by pub/sub"""
-    count, numbers = 50, itertools.count()
-    first, second = (DistributedBatchCoalescer(client, ttl_seconds=60, namespace="bench") for _ in range(2))
-
-    def ours():
-        seconds = 0.0
-        for number in itertools.islice(numbers, count):
-            led, go, told = threading.Event(), threading.Event(), []
-
-            def lead(led=led, go=go, told=told):
-                led.set()
-                go.wait()
-                told.append(time.perf_counter())
-                return "value"
-
-            leader = threading.Thread(target=first.get_or_call, args=(("wake", number), lead))
-            leader.start()
-            led.wait()
-            got = []
-
-            def wait(number=number, got=got):
-                second.get_or_call(("wake", number), lambda: "never")
-                got.append(time.perf_counter())
-
-            waiter = threading.Thread(target=wait)
-            waiter.start()
-            flight = f"bench:{{{second._key(('wake', number)).digest}}}:flight"
-            while client.hlen(flight) < 2:
-                time.sleep(0.0005)
-            go.set()
-            waiter.join()
-            leader.join()
-            seconds += got[0] - told[0]
-        return seconds
-
-    def bare():
-        seconds = 0.0
-        with client.pubsub() as inbox:
-            inbox.subscribe("bench:bare")
-            inbox.get_message(timeout=1.0)
-            got, ready = [], threading.Semaphore(0)
-
-            def listen():
-                for _ in range(count):
-                    ready.release()
-                    while inbox.get_message(timeout=1.0) is None:
-                        pass
-                    got.append(time.perf_counter())
-
-            listener = threading.Thread(target=listen)
-            listener.start()
-            for number in range(count):
-                ready.acquire()
-                time.sleep(0.001)
-                start = time.perf_counter()
+def tell(port, pipe):
+    """Be the other process: complete a flight when somebody waits for it, or publish; tell when that began."""
+    client = redis.Redis(port=port)
+    with DistributedBatchCoalescer(client, ttl_seconds=60, namespace="bench") as coalescer:
+        while (task := pipe.recv()) is not None:
+            if task == "publish":
+                # As below: the other process sleeps by then.
+                time.sleep(0.002)
+                began = time.perf_counter()
                 client.publish("bench:bare", "value")
-                while len(got) <= number:
-                    time.sleep(0)
-                seconds += got[number] - start
-            listener.join()
-        return seconds
+            else:
+                began = lead(client, coalescer, pipe, *task)
+            pipe.send(began)
+    client.close()
 
-    compare(ours, bare, target=1.5, rounds=9, unit_count=count)
-    first.close()
-    second.close()
+
+def lead(client, coalescer, pipe, key, flight):
+    began = 0.0
+
+    def call():
+        nonlocal began
+        pipe.send("leads")
+        # Its name and its token, and the inbox of who waits.
+        while client.hlen(flight) < 3:
+            time.sleep(0.0005)
+        time.sleep(0.002)
+        began = time.perf_counter()
+        return "value"
+
+    coalescer.get_or_call(key, call)
+    return began
+
+
+def test_waking_a_waiter_against_a_message(compare, client):
+    """a waiter in another process, from the end of the call until it has the value / a bare message by pub/sub"""
+    count, numbers = 100, itertools.count()
+    context = multiprocessing.get_context("spawn")
+    pipe, other_end = context.Pipe()
+    other = context.Process(target=tell, args=(client.get_connection_kwargs()["port"], other_end), daemon=True)
+    other.start()
+    with DistributedBatchCoalescer(client, ttl_seconds=60, namespace="bench") as coalescer, client.pubsub() as inbox:
+        inbox.subscribe("bench:bare")
+        inbox.get_message(timeout=1.0)
+
+        def ours():
+            seconds = []
+            for key in itertools.islice(numbers, count):
+                pipe.send((key, f"bench:{{{coalescer._key(key).digest}}}:flight"))
+                pipe.recv()
+                coalescer.get_or_call(key, lambda: "never")
+                seconds.append(time.perf_counter() - pipe.recv())
+            return statistics.median(seconds)
+
+        def bare():
+            seconds = []
+            for _ in range(count):
+                pipe.send("publish")
+                while inbox.get_message(timeout=1.0) is None:
+                    pass
+                seconds.append(time.perf_counter() - pipe.recv())
+            return statistics.median(seconds)
+
+        compare(ours, bare, target=1.5, rounds=15)
+    pipe.send(None)
+    other.join()

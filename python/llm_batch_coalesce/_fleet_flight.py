@@ -60,17 +60,9 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
-    """Collect messages about a digest from now on."""
-
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
 class Await:
-    """Wait for the next message about a digest; the answer is it, or None when so many seconds have passed."""
+    """Wait for the next message about the key; the answer is it, or None when so many seconds have passed."""
 
-    digest: str
     seconds: float
 
 
@@ -90,7 +82,7 @@ class Lease:
     flight: str
 
 
-Step = Ask | Watch | Await | Call
+Step = Ask | Await | Call
 
 
 class BackendTroubleError(Exception):
@@ -112,7 +104,6 @@ def flight(
     until = None if timeout is None else time.monotonic() + timeout
     damaged: list[bytes] = []
     awaited: str | None = None
-    yield Watch(digest)
     while True:
         token = secrets.token_hex(12)
         lease = Lease(digest, token, awaited or token)
@@ -190,7 +181,7 @@ def _wait(
     if until is not None:
         end = min(end, until)
     try:
-        message = yield from _message(lease.digest, claimed.flight, end)
+        message = yield from _message(claimed.flight, end)
     except _INTERRUPTS:
         yield from _tell(fleet, _release(fleet, lease, fleet.inbox))
         raise
@@ -201,9 +192,9 @@ def _wait(
     return message
 
 
-def _message(digest: str, awaited: str, end: float) -> Generator[Step, Any, Message | None]:
+def _message(awaited: str, end: float) -> Generator[Step, Any, Message | None]:
     while True:
-        message: Message | None = yield Await(digest, max(0.0, end - time.monotonic()))
+        message: Message | None = yield Await(max(0.0, end - time.monotonic()))
         if message is None or time.monotonic() > end:
             # A process that was paused does not know how old the message is.
             return None

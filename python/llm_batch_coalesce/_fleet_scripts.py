@@ -13,6 +13,7 @@ retained is readable under the flight's name for one lease.
 # ARGV: token, lease in ms, inbox, name of the flight that was waited for or "", [damaged outcome].
 # Returns {"outcome", payload, ms left, dropped}, {"lead", flight's name, 0, dropped} or {"wait", flight's name, ms left
 # of the lease, dropped}; `dropped` is how many keys were of another type or had no lifetime, and so were none of ours.
+# Who has the lead already has been given it by the same claim, and has not heard so: its connection was cut.
 CLAIM = """
 local dropped = 0
 local function drop(key)
@@ -66,6 +67,9 @@ if ARGV[4] ~= '' then
 end
 local fields = read('HMGET', KEYS[1], 'token', 'name') or {false, false}
 local token, name = fields[1], fields[2]
+if token == ARGV[1] then
+  return {'lead', name, 0, dropped}
+end
 if token then
   return wait(KEYS[1], name or token)
 end

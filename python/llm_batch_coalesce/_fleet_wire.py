@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from llm_batch_coalesce._errors import RemoteCallError, SerializationError
 
 _VERSION = 1
+_JSON = json.JSONEncoder(allow_nan=False)
 
 
 class Serializer(Protocol):
@@ -32,7 +33,7 @@ class JsonSerializer:
             TypeError: If it is not JSON, or would come back as something else: a tuple, or a key that is no string.
             ValueError: If it has a NaN or an infinity, or contains itself.
         """
-        text = json.dumps(value, allow_nan=False, ensure_ascii=True)
+        text = _JSON.encode(value)
         _check_json(value)
         return text
 
@@ -123,14 +124,10 @@ def message_of(error: BaseException) -> str:
 
 
 def _head(kind: str, about: About) -> bytes:
-    head = {
-        "v": _VERSION,
-        "kind": kind,
-        "seconds": round(about.seconds, 6),
-        "ttl": round(about.ttl_seconds, 3),
-        "leader": about.leader,
-    }
-    return json.dumps(head).encode() + b"\n"
+    # Numbers and this word are JSON as they are.
+    seconds, ttl, leader = round(about.seconds, 6), round(about.ttl_seconds, 3), _JSON.encode(about.leader)
+    head = f'{{"v": {_VERSION}, "kind": "{kind}", "seconds": {seconds}, "ttl": {ttl}, "leader": {leader}}}\n'
+    return head.encode()
 
 
 def unpack(serializer: Serializer, payload: object) -> Landed:
@@ -143,7 +140,7 @@ def unpack(serializer: Serializer, payload: object) -> Landed:
         if not isinstance(payload, bytes):
             raise TypeError(f"a payload is bytes, not {type(payload).__qualname__}")  # noqa: TRY301
         line, content = payload.split(b"\n", 1)
-        head = json.loads(line)
+        head = json.loads(line.decode())
         if head["v"] != _VERSION:
             raise ValueError(f"version {head['v']!r} is not {_VERSION}")  # noqa: TRY301
         seconds, ttl, leader = float(head["seconds"]), float(head["ttl"]), str(head["leader"])

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
 
+from llm_batch_coalesce._redis_connections import MOST_COMMANDS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# How many commands may be under way, or hang, at the same time; others wait for their turn.
-_MOST = 64
 
 
 class _Job:
@@ -32,29 +31,30 @@ class _Job:
 class Bounded:
     """Threads for commands, made when they are needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # Jobs that nobody has begun, threads, and those of them that have nothing to do.
         self._pending = self._threads = self._idle = 0
         self._closed = False
 
-    def run(self, seconds: float, command: Callable[[], Any]) -> Any:  # noqa: ANN401 - the command's answer
-        """Run a command for so many seconds at most; one that is given up while it runs goes on in its thread.
+    def run(self, command: Callable[[], Any]) -> Any:  # noqa: ANN401 - the command's answer
+        """Run a command, but not for longer than the timeout; one that is given up goes on in its thread.
 
         Raises:
             redis.TimeoutError: If it takes longer.
         """
         job = _Job(command)
         with self._lock:
-            if self._pending >= self._idle and self._threads < _MOST:
+            if self._pending >= self._idle and self._threads < MOST_COMMANDS:
                 threading.Thread(target=self._work, name="coalesce-command", daemon=True).start()
                 self._threads += 1
                 self._idle += 1
             self._pending += 1
         self._jobs.put(job)
         try:
-            answer, error = job.answers.get(timeout=seconds)
+            answer, error = job.answers.get(timeout=self._timeout)
         except queue.Empty:
             job.wanted = False
             raise redis.exceptions.TimeoutError("no answer in time") from None

@@ -40,7 +40,7 @@ def own_client(client: Any, timeout: float) -> Any:  # noqa: ANN401 - a client o
         return client
     pool = client.connection_pool
     options = _own_options(pool.connection_kwargs, timeout, redis.retry.Retry(NoBackoff(), 0))
-    options["connection_class"] = pool.connection_class
+    options |= {"connection_class": pool.connection_class, "max_connections": pool.max_connections}
     if type(pool) is not redis.sentinel.SentinelConnectionPool:
         return redis.Redis.from_pool(redis.ConnectionPool(**options))
     options |= {"is_master": pool.is_master, "check_connection": pool.check_connection}
@@ -53,7 +53,7 @@ def own_async_client(client: Any, timeout: float) -> Any:  # noqa: ANN401 - a cl
         return client
     pool = client.connection_pool
     options = _own_async_options(pool.connection_kwargs, timeout)
-    options["connection_class"] = pool.connection_class
+    options |= {"connection_class": pool.connection_class, "max_connections": pool.max_connections}
     if type(pool) is not redis.asyncio.sentinel.SentinelConnectionPool:
         return redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool(**options))
     options |= {"is_master": pool.is_master, "check_connection": pool.check_connection}

@@ -11,7 +11,7 @@ import redis.exceptions as errors
 
 from llm_batch_coalesce._errors import BackendError
 from llm_batch_coalesce._fleet_flight import BackendTroubleError
-from llm_batch_coalesce._fleet_scripts import CLAIM, COMPLETE
+from llm_batch_coalesce._fleet_scripts import COMPLETE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -88,8 +88,8 @@ def was_cut(error: BaseException | None) -> bool:
     if isinstance(error, errors.ConnectionError):
         refused = (errors.AuthenticationError, errors.BusyLoadingError, errors.MaxConnectionsError)
         return not isinstance(error, refused)
-    # Until Python 3.14, a transport that is closed may raise a TypeError.
-    return isinstance(error, ConnectionError | EOFError | TypeError)
+    # A transport of asyncio's that is closed may raise one of the last two: https://github.com/python/cpython/issues/136234
+    return isinstance(error, ConnectionError | EOFError | AttributeError | TypeError)
 
 
 def was_demoted(error: BaseException) -> bool:
@@ -99,8 +99,6 @@ def was_demoted(error: BaseException) -> bool:
 
 def second_answer(step: Ask, answer: Any) -> Any:  # noqa: ANN401 - what a script returns
     """Make sense of the answer to a script that may have been run before, unheard. None if it cannot be known."""
-    if step.script is CLAIM and answer[:2] == [b"wait", str(step.args[0]).encode()]:
-        return [b"lead", *answer[1:]]
     return None if step.script is COMPLETE and answer == 0 else answer
 
 

@@ -23,7 +23,6 @@ from llm_batch_coalesce._fleet_flight import (
     Call,
     Lease,
     Message,
-    Watch,
     parse_message,
     renewal,
 )
@@ -42,17 +41,15 @@ from llm_batch_coalesce._redis_common import (
     was_cut,
     was_demoted,
 )
+from llm_batch_coalesce._redis_connections import MOST_COMMANDS
 from llm_batch_coalesce._reports import in_coalescer, logger
 from llm_batch_coalesce._store import checked
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
     from llm_batch_coalesce._fleet_flight import Step
     from llm_batch_coalesce._fleet_options import Fleet
-
-# How many commands may be under way at the same time; others wait for their turn. Each has a connection.
-_MOST = 64
 
 
 def _cancellations() -> int:
@@ -73,7 +70,8 @@ class Server:
         self._boxes: dict[str, list[asyncio.Queue[Message | None]]] = {}
         self._leases: dict[str, Lease] = {}
         self._lead = asyncio.Event()
-        self._turns = asyncio.Semaphore(_MOST)
+        most = getattr(getattr(self._client, "connection_pool", None), "max_connections", MOST_COMMANDS)
+        self._turns = asyncio.Semaphore(min(MOST_COMMANDS, most))
         self._closed = self._met = False
         self._check: asyncio.Task[None] | None = None
         self._inbox: asyncio.Task[None] | None = None
@@ -85,12 +83,12 @@ class Server:
         self._told: asyncio.Future[BaseException | None] = self.loop.create_future()
         self._wanted = asyncio.Event()
 
-    async def run(self, steps: Any, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as for threads
+    async def run(self, digest: str, steps: Any, fn: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as for threads
         """Do the steps of a flight."""
         answer: Any = None
         error: BaseException | None = None
-        async with contextlib.AsyncExitStack() as boxes:
-            box: Any = None
+        # From before the first claim, so that no message is missed.
+        with self._box(digest) as box:
             while True:
                 try:
                     step = steps.send(answer) if error is None else steps.throw(error)
@@ -101,9 +99,6 @@ class Server:
                     self._tell_later(step)
                     raise error
                 answer = error = None
-                if isinstance(step, Watch):
-                    box = await boxes.enter_async_context(self._box(step.digest))
-                    continue
                 cancelled = _cancellations()
                 try:
                     answer = await self._do(step, box, fn)
@@ -145,8 +140,8 @@ class Server:
         self._last_words.add(task)
         task.add_done_callback(self._last_words.discard)
 
-    @contextlib.asynccontextmanager
-    async def _box(self, digest: str) -> AsyncGenerator[asyncio.Queue[Message | None]]:
+    @contextlib.contextmanager
+    def _box(self, digest: str) -> Generator[asyncio.Queue[Message | None]]:
         box: asyncio.Queue[Message | None] = asyncio.Queue()
         self._boxes.setdefault(digest, []).append(box)
         try:
@@ -189,12 +184,28 @@ class Server:
 
         async def command() -> Any:  # noqa: ANN401 - its answer
             if not self._is_cluster:
-                return await self._client.execute_command(*words)
+                return await self._send(*words)
             await self._client.initialize()
             # A cluster's client does not try again if it is told whom to ask: the first try may have been heard.
             return await self._client.execute_command(*words, target_nodes=self._client.get_node_from_key(key))
 
         return await self._in_time(command)
+
+    async def _send(self, *words: Any) -> Any:  # noqa: ANN401 - any command of one server, and its answer
+        if not self._is_own:
+            return await self._client.execute_command(*words)
+        pool = self._client.connection_pool
+        connection = await pool.get_connection()
+        try:
+            writer = getattr(connection, "_writer", None)
+            if writer is not None and writer.transport.is_closing():
+                # To write to it may have the loop take the next connection, of the same number, for one that it watches
+                # already: https://github.com/python/cpython/issues/136234, mended in 3.13.10 and 3.14.1.
+                await connection.disconnect(nowait=True)
+            await connection.send_command(*words, check_health=False)
+            return await self._client.parse_response(connection, words[0])
+        finally:
+            await pool.release(connection)
 
     async def _in_time(self, command: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - the command's answer
         try:
@@ -220,7 +231,7 @@ class Server:
     async def _check_server(self) -> None:
         info: Any = None
         try:
-            info = await self._in_time(lambda: self._client.execute_command("INFO"))
+            info = await self._in_time(lambda: self._send("INFO"))
         except BackendError as error:
             # Who may not ask that may do everything else.
             if not isinstance(error.__cause__, NoPermissionError):

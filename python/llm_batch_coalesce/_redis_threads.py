@@ -25,7 +25,6 @@ from llm_batch_coalesce._fleet_flight import (
     Call,
     Lease,
     Message,
-    Watch,
     parse_message,
     renewal,
 )
@@ -45,6 +44,7 @@ from llm_batch_coalesce._redis_common import (
     was_cut,
     was_demoted,
 )
+from llm_batch_coalesce._redis_connections import Connections
 from llm_batch_coalesce._reports import in_coalescer, logger
 
 if TYPE_CHECKING:
@@ -61,20 +61,20 @@ class Boxes:
         self._lock = threading.Lock()
         self._boxes: dict[str, list[queue.SimpleQueue[Message | None]]] = {}
 
-    @contextlib.contextmanager
-    def box(self, digest: str) -> Any:  # noqa: ANN401 - a context manager of a queue
-        """Collect the messages about a digest."""
+    def open(self, digest: str) -> queue.SimpleQueue[Message | None]:
+        """Collect the messages about a digest, until the box is closed."""
         box: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         with self._lock:
             self._boxes.setdefault(digest, []).append(box)
-        try:
-            yield box
-        finally:
-            with self._lock:
-                boxes = self._boxes[digest]
-                boxes.remove(box)
-                if not boxes:
-                    del self._boxes[digest]
+        return box
+
+    def close(self, digest: str, box: queue.SimpleQueue[Message | None]) -> None:
+        """Collect no more."""
+        with self._lock:
+            boxes = self._boxes[digest]
+            boxes.remove(box)
+            if not boxes:
+                del self._boxes[digest]
 
     def put(self, digest: str, message: Message) -> None:
         """Hand a message to all who wait."""
@@ -98,10 +98,10 @@ class Server:
         self._client = own_client(client, fleet.backend_timeout)
         self._is_own = self._client is not client
         self._is_cluster = isinstance(client, redis.RedisCluster)
-        # A client of one server waits for no longer than its sockets; others may ask several, or try again.
-        self._bounded = (
-            None if type(getattr(self._client, "connection_pool", None)) is redis.ConnectionPool else Bounded()
-        )
+        # Others than clients of one server may ask several, or try again, so their sockets' limits are not enough.
+        plain = type(getattr(self._client, "connection_pool", None)) is redis.ConnectionPool
+        self._connections = Connections(self._client, fleet.backend_timeout) if plain else None
+        self._bounded = Bounded(fleet.backend_timeout)
         self._fleet = fleet
         self._forget = forget
         self._boxes = Boxes()
@@ -120,25 +120,25 @@ class Server:
         self._failure: BaseException | None = None
         self._wanted = threading.Event()
 
-    def run(self, steps: Any, fn: Callable[[], Any]) -> Any:  # noqa: ANN401 - a flight's steps, and the user's value
+    def run(self, digest: str, steps: Any, fn: Callable[[], Any]) -> Any:  # noqa: ANN401 - steps, and the user's value
         """Do the steps of a flight."""
         answer: Any = None
         error: BaseException | None = None
-        with contextlib.ExitStack() as boxes:
-            box: Any = None
+        # From before the first claim, so that no message is missed.
+        box = self._boxes.open(digest)
+        try:
             while True:
                 try:
                     step = steps.send(answer) if error is None else steps.throw(error)
                 except StopIteration as stop:
                     return stop.value
                 answer = error = None
-                if isinstance(step, Watch):
-                    box = boxes.enter_context(self._boxes.box(step.digest))
-                    continue
                 try:
                     answer = self._do(step, box, fn)
                 except BaseException as raised:  # noqa: BLE001 - it goes into the flight
                     error = raised
+        finally:
+            self._boxes.close(digest, box)
 
     def _do(self, step: Step, box: Any, fn: Callable[[], Any]) -> Any:  # noqa: ANN401 - as above
         match step:
@@ -150,8 +150,11 @@ class Server:
                 except queue.Empty:
                     return None
             case Call(lease) if lease.token:
-                with self._renewed(lease):
+                self._renew_from_now(lease)
+                try:
                     return fn()
+                finally:
+                    del self._leases[lease.token]
             case _:
                 return fn()
 
@@ -171,8 +174,8 @@ class Server:
                 raise
             answer = second_answer(step, self._evaluate(step))
         self._met = True
-        if self._closed.is_set() and self._is_own:
-            self._client.connection_pool.disconnect(inuse_connections=False)
+        if self._closed.is_set():
+            self._disconnect()
         return answer
 
     def _evaluate(self, step: Ask) -> Any:  # noqa: ANN401 - as above
@@ -186,23 +189,31 @@ class Server:
         if not self._checked and key is not None:
             self._check()
 
-        def command() -> Any:  # noqa: ANN401 - its answer
-            # A cluster's client does not try again if it is told whom to ask: the first try may have been heard.
-            where = {} if node is None else {"target_nodes": node}
-            return self._client.execute_command(*words, **where)
-
         try:
-            node = self._client.get_node_from_key(key) if self._is_cluster and key is not None else None
-            return command() if self._bounded is None else self._bounded.run(self._fleet.backend_timeout, command)
+            return self._run_command(*words, key=key)
         except NoScriptError:
             raise
         except Exception as error:
             # Whatever it is: a transport that is closed, too, says what it likes.
-            if self._is_own and (was_cut(error) or was_demoted(error)):
+            if was_cut(error) or was_demoted(error):
                 # The others are no better.
-                with contextlib.suppress(*TROUBLE):
-                    self._client.connection_pool.disconnect(inuse_connections=False)
+                self._disconnect()
             raise told(error, first=not self._met) from error
+
+    def _run_command(self, *words: Any, key: str | None) -> Any:  # noqa: ANN401 - as above
+        if self._connections is not None:
+            return self._connections.command(*words)
+        # A cluster's client does not try again if it is told whom to ask: the first try may have been heard.
+        where = {"target_nodes": self._client.get_node_from_key(key)} if self._is_cluster and key is not None else {}
+        return self._bounded.run(lambda: self._client.execute_command(*words, **where))
+
+    def _disconnect(self) -> None:
+        """Cut the connections that are the coalescer's own, and that nobody uses."""
+        with contextlib.suppress(*TROUBLE):
+            if self._connections is not None:
+                self._connections.disconnect()
+            elif self._is_own:
+                self._client.connection_pool.disconnect(inuse_connections=False)
 
     def _check(self) -> None:
         info: Any = None
@@ -316,18 +327,13 @@ class Server:
 
     # The leases.
 
-    @contextlib.contextmanager
-    def _renewed(self, lease: Lease) -> Any:  # noqa: ANN401 - a context manager
-        with self._lock:
-            self._leases[lease.token] = lease
-            if self._renewer is None:
-                self._renewer = self._started("coalesce-leases", self._renew)
-        self._lead.set()
-        try:
-            yield
-        finally:
+    def _renew_from_now(self, lease: Lease) -> None:
+        self._leases[lease.token] = lease
+        if self._renewer is None:
             with self._lock:
-                del self._leases[lease.token]
+                if self._renewer is None:
+                    self._renewer = self._started("coalesce-leases", self._renew)
+        self._lead.set()
 
     def _renew(self) -> None:
         slow: set[str] = set()
@@ -335,10 +341,10 @@ class Server:
             self._lead.wait()
             if self._closed.wait(self._fleet.lease_seconds / 3):
                 return
-            with self._lock:
-                leases = list(self._leases.values())
-                if not leases:
-                    self._lead.clear()
+            self._lead.clear()
+            leases = list(self._leases.copy().values())
+            if leases:
+                self._lead.set()
             slow = self._renew_all(leases, slow)
 
     def _renew_all(self, leases: list[Lease], slow: set[str]) -> set[str]:
@@ -370,8 +376,7 @@ class Server:
         with self._changed:
             self._changed.notify_all()
         self._boxes.wake_all()
-        if self._bounded is not None:
-            self._bounded.close()
+        self._bounded.close()
 
     def close(self) -> None:
         """End the threads and the connections."""
@@ -386,7 +391,5 @@ class Server:
             if thread is not threading.current_thread():
                 # A user's own client may let it wait for longer.
                 thread.join(LOOK + 2 * self._fleet.backend_timeout)
-        if self._is_own:
-            with contextlib.suppress(*TROUBLE):
-                # Those that are in use have something to say of calls under way, and end after that.
-                self._client.connection_pool.disconnect(inuse_connections=False)
+        # Those that are in use have something to say of calls under way, and end after that.
+        self._disconnect()

@@ -355,7 +355,8 @@ class DistributedBatchCoalescer(_Member):
             key: As in `get_or_call`.
 
         Returns:
-            Whether the key was retained or in flight, in this process or on the server.
+            Whether the key was retained or in flight, in this process or on the server. False may be wrong if the
+            connection to the server was cut meanwhile.
 
         Raises:
             BackendError: As in `get_or_call`.
@@ -411,7 +412,7 @@ class _Made:
         fleet = self._coalescer._fleet  # noqa: SLF001 - this is a part of it
         server = self._coalescer._connected()  # noqa: SLF001
         steps = flight(fleet, self._key, self._ttl_seconds, self._timeout, self._note)
-        return server.run(steps, self._call)
+        return server.run(self._key.digest, steps, self._call)
 
     def _note(self, role: str) -> None:
         self.role = role
@@ -603,7 +604,8 @@ class AsyncDistributedBatchCoalescer(_Member):
             key: As in `get_or_call`.
 
         Returns:
-            Whether the key was retained or in flight, in this process or on the server.
+            Whether the key was retained or in flight, in this process or on the server. False may be wrong if the
+            connection to the server was cut meanwhile.
 
         Raises:
             BackendError: As in `get_or_call`.
@@ -655,7 +657,7 @@ class _AsyncMade:
         fleet = self._coalescer._fleet  # noqa: SLF001 - this is a part of it
         server = self._coalescer._connected()  # noqa: SLF001
         steps = flight(fleet, self._key, self._ttl_seconds, self._timeout, self._note)
-        return await server.run(steps, self._fn)
+        return await server.run(self._key.digest, steps, self._fn)
 
     def _note(self, role: str) -> None:
         self.role = role
