@@ -1,6 +1,8 @@
 # make demo / make test do all set-up. PYTHON=... picks the interpreter; each gets an environment of its own.
 PYTHON ?= python3
 ARGS ?=
+# How many processes run tests: they wait more than they compute.
+JOBS ?= 3
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d%s" % (*sys.version_info[:2], getattr(sys, "abiflags", "")))' 2>/dev/null)
 VENV := .venv/$(TAG)
@@ -21,7 +23,7 @@ test-rust: check-tools
 		cargo test --quiet --locked --no-default-features --test loom
 
 test-python: $(VENV)/.tested
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.tested  ## Run the benchmarks; PYTHON=... picks the interpreter
 	@$(BIN)/python -m pytest benches/python --benchmark-enable --benchmark-only --benchmark-columns=median,rounds \

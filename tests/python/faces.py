@@ -49,7 +49,11 @@ class Face:
 
     def ask(self, coalescer, fn, key="k", *, method="get_or_call", **options):
         """Ask, and return or raise what comes of it."""
-        return self._start(getattr(coalescer, method), None, key, fn, options).result()
+        return self.begin(coalescer, fn, key, method=method, **options).result()
+
+    def begin(self, coalescer, fn, key="k", *, method="get_or_call", **options):
+        """Start a caller, and return at once."""
+        return self._start(getattr(coalescer, method), None, key, fn, options)
 
 
 class Threads(Face):

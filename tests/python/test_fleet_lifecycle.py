@@ -259,7 +259,7 @@ WRONG = [
     ({"namespace": "a{b}"}, ValueError, "namespace"),
     ({"namespace": "a b"}, ValueError, "namespace"),
     ({"namespace": None}, ValueError, "namespace"),
-    ({"serializer": object()}, TypeError, "serializer must have dumps"),
+    ({"serializer": 3}, TypeError, "serializer must have dumps"),
     ({"key_encoder": "utf-8"}, TypeError, "key_encoder must be callable"),
     ({"on_backend_error": "ignore"}, ValueError, "on_backend_error"),
     ({"private_errors": 3}, TypeError, "private_errors"),

@@ -83,7 +83,7 @@ def test_duplicates_do_no_harm(face):
     assert counted(coalescer) == (3, 0, 0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("keys", [[], (), "", iter(())], ids=repr)
+@pytest.mark.parametrize("keys", [[], (), "", iter(())], ids=["a list", "a tuple", "a str", "an iterator"])
 def test_no_keys_need_no_call(face, keys):
     coalescer = face.coalescer()
     assert ask_many(face, coalescer, keys, nobody) == {}

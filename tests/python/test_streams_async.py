@@ -170,7 +170,9 @@ async def number():
     return 5
 
 
-@pytest.mark.parametrize("fn", [lambda: 5, lambda: None, lambda: [1, 2], number], ids=str)
+@pytest.mark.parametrize(
+    "fn", [lambda: 5, lambda: None, lambda: [1, 2], number], ids=["an int", "None", "a list", "a coroutine"]
+)
 async def test_what_is_no_async_iterator_is_refused_for_all_and_not_retained(coalescer, fn):
     outcomes = await asyncio.gather(outcome(coalescer.stream("k", fn)), outcome(coalescer.stream("k", fn)))
     for items, error in outcomes:

@@ -110,8 +110,9 @@ def test_a_waiter_whose_timeout_has_passed_is_not_offered_the_lead(face):
     first = face.held(error=TryAgainError())
     leader = face.lead(coalescer, first)
     impatient = face.start(coalescer, refused, timeout=SHORT)
-    patient = face.join(coalescer, 1, face.callable(lambda: "value"))[0]
+    patient = face.begin(coalescer, face.callable(lambda: "value"))
     assert type(outcomes([impatient])[0]) is TimeoutError
+    wait_until(lambda: coalescer._waiters("k") == 1)
     first.release()
     assert patient.result() == "value"
     assert type(outcomes([leader])[0]) is TryAgainError
