@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyString};
 
-use super::ffi;
+use super::ffi::{self, Held};
 use super::hooks::Hooks;
 use super::signal::{self, Signal};
 use crate::family::Family;
@@ -22,49 +22,6 @@ pub(super) enum Outcome {
     Value(Held),
     /// A template that is never raised: each caller gets a copy.
     Error(Held),
-}
-
-/// A user's object, whose `__del__` may run when it is dropped, on whatever thread.
-pub(super) struct Held(Option<Py<PyAny>>);
-
-impl From<Py<PyAny>> for Held {
-    fn from(object: Py<PyAny>) -> Self {
-        Self(Some(object))
-    }
-}
-
-impl Held {
-    #[inline]
-    pub(super) fn bind<'a, 'py>(&'a self, py: Python<'py>) -> &'a Bound<'py, PyAny> {
-        self.object().bind(py)
-    }
-
-    #[inline]
-    #[expect(clippy::unwrap_used, reason = "only its drop takes it out")]
-    pub(super) fn object(&self) -> &Py<PyAny> {
-        self.0.as_ref().unwrap()
-    }
-}
-
-impl Held {
-    #[expect(clippy::unwrap_used, reason = "as above")]
-    pub(super) fn into_object(mut self) -> Py<PyAny> {
-        self.0.take().unwrap()
-    }
-}
-
-impl From<Bound<'_, PyAny>> for Held {
-    fn from(object: Bound<'_, PyAny>) -> Self {
-        Self(Some(object.unbind()))
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if let Some(object) = self.0.take() {
-            ffi::release(object);
-        }
-    }
 }
 
 impl Outcome {

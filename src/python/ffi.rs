@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "calls that a finalizing interpreter may unwind through, and key comparison")]
 
 use std::hint::black_box;
-use std::mem::forget;
+use std::mem::{ManuallyDrop, forget};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null_mut;
 
@@ -104,12 +104,54 @@ pub(super) fn call_method_named<'py, const N: usize>(
     unsafe { Bound::from_owned_ptr_or_err(name.py(), result) }
 }
 
-/// Gives up an object, which may run its `__del__`.
-pub(super) fn release(object: Py<PyAny>) {
-    let release = unwinding!(Py_DecRef as DecRef);
-    let object = object.into_ptr();
-    // SAFETY: attached, since the core drops objects only where it is; the reference was owned.
-    stop_unwinding(|| unsafe { release(object) });
+/// A user's object, whose `__del__` may run when it is dropped, on whatever thread.
+pub(super) struct Held(ManuallyDrop<Py<PyAny>>);
+
+impl Held {
+    #[inline]
+    pub(super) fn bind<'a, 'py>(&'a self, py: Python<'py>) -> &'a Bound<'py, PyAny> {
+        self.0.bind(py)
+    }
+
+    #[inline]
+    pub(super) fn object(&self) -> &Py<PyAny> {
+        &self.0
+    }
+
+    pub(super) fn into_object(self) -> Py<PyAny> {
+        let held = ManuallyDrop::new(self);
+        // SAFETY: `held` is not used any more, and not dropped.
+        unsafe { std::ptr::read(&raw const *held.0) }
+    }
+}
+
+impl From<Py<PyAny>> for Held {
+    fn from(object: Py<PyAny>) -> Self {
+        Self(ManuallyDrop::new(object))
+    }
+}
+
+impl From<Bound<'_, PyAny>> for Held {
+    fn from(object: Bound<'_, PyAny>) -> Self {
+        object.unbind().into()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: it is not used after this.
+        let object = unsafe { ManuallyDrop::take(&mut self.0) };
+        // SAFETY: may be called by any thread.
+        if unsafe { ffi::PyGILState_Check() } == 0 {
+            // PyO3 leaves that to the next thread that is attached.
+            drop(object);
+            return;
+        }
+        let release = unwinding!(Py_DecRef as DecRef);
+        let object = object.into_ptr();
+        // SAFETY: attached, as was just seen; the reference was owned.
+        stop_unwinding(|| unsafe { release(object) });
+    }
 }
 
 /// What `hash()` returns, as it is in memory.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::family::{Held, Outcome, Python3};
+use super::family::{Outcome, Python3};
+use super::ffi::Held;
 use super::streams::Streams;
 use crate::flight::Flight;
 use crate::map::Map;

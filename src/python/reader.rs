@@ -11,8 +11,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 
 use super::coalescer::Coalescer;
-use super::family::{Held, Shared, TaskWaiter, check_interrupt, running_loop, undisturbed};
-use super::ffi;
+use super::family::{Shared, TaskWaiter, check_interrupt, running_loop, undisturbed};
+use super::ffi::{self, Held};
 use super::hooks::Hooks;
 use super::inside::{Inside, Led};
 use super::options::{self, Patience};

@@ -8,8 +8,8 @@ use std::time::Duration;
 use pyo3::prelude::*;
 
 use super::coalescer::Coalescer;
-use super::family::{Held, Outcome, Python3, TaskCall, check_interrupt, undisturbed};
-use super::ffi;
+use super::family::{Outcome, Python3, TaskCall, check_interrupt, undisturbed};
+use super::ffi::{self, Held};
 use super::hooks::Hooks;
 use super::inside::{Call, Inside};
 use super::key;

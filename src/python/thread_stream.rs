@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 use super::coalescer::Coalescer;
-use super::family::Held;
+use super::ffi::Held;
 use super::reader::StreamReader;
 use super::streams::Asked;
 use crate::stream::Turn;
