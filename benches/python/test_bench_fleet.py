@@ -85,7 +85,8 @@ def test_waking_a_waiter_against_a_message(compare, client):
 
         def ours():
             seconds = []
-            for key in itertools.islice(numbers, count):
+            for number in itertools.islice(numbers, count):
+                key = ("wake", number)
                 pipe.send((key, f"bench:{{{coalescer._key(key).digest}}}:flight"))
                 pipe.recv()
                 coalescer.get_or_call(key, lambda: "never")
