@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
 
-from llm_batch_coalesce._redis_connections import MOST_COMMANDS
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -31,8 +29,8 @@ class _Job:
 class Bounded:
     """Threads for commands, made when they are needed."""
 
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
+    def __init__(self, timeout: float, most: int) -> None:
+        self._timeout, self._most = timeout, most
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # Jobs that nobody has begun, threads, and those of them that have nothing to do.
@@ -47,7 +45,7 @@ class Bounded:
         """
         job = _Job(command)
         with self._lock:
-            if self._pending >= self._idle and self._threads < MOST_COMMANDS:
+            if self._pending >= self._idle and self._threads < self._most:
                 threading.Thread(target=self._work, name="coalesce-command", daemon=True).start()
                 self._threads += 1
                 self._idle += 1

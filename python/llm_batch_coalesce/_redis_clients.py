@@ -85,7 +85,8 @@ def check_client(client: Any, kinds: tuple[type, ...], wanted: str, *, copied: b
 
     Raises:
         TypeError: If it is none, or it is used as it is and decodes what it reads.
-        ValueError: If it is used as it is, and may hold up a thread for ever.
+        ValueError: If it is used as it is, and may hold up a thread for ever, or has no connection for a command beside
+            that for messages.
     """
     if not isinstance(client, kinds):
         raise TypeError(f"client must be {wanted}, not {shown(client)}")
@@ -94,6 +95,9 @@ def check_client(client: Any, kinds: tuple[type, ...], wanted: str, *, copied: b
     options = _options_of(client)
     if options.get("decode_responses"):
         raise TypeError(f"client must not have decode_responses=True, since outcomes are bytes: {shown(client)}")
+    most = getattr(getattr(client, "connection_pool", None), "max_connections", 2)
+    if most < 2:  # noqa: PLR2004 - as above
+        raise ValueError(f"client must have a pool of 2 connections or more, one for messages: {shown(client)}")
     default = inspect.signature(redis.Redis).parameters["socket_timeout"].default
     if blocks and options.get("socket_timeout", default) is None:
         raise ValueError(f"client must have a socket_timeout, or a server that hangs holds up threads: {shown(client)}")

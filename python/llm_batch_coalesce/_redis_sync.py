@@ -44,7 +44,7 @@ class DistributedBatchCoalescer(Member):
     Args:
         client: A client of redis-py: `redis.Redis`, also of a Sentinel, or `redis.RedisCluster`. The coalescer makes
             connections of its own to the same server, so the client stays yours. One of a cluster, or with a pool class
-            of your own, is used as it is, and needs a `socket_timeout` and no `decode_responses`.
+            of your own, is used as it is, and needs a `socket_timeout`, two connections and no `decode_responses`.
         ttl_seconds: How long a value is retained after its call has completed, in seconds; finite.
         error_ttl_seconds: The same for an `Exception`; as in `BatchCoalescer`.
         private_errors: Classes of exceptions that concern one caller only; as in `BatchCoalescer`.

@@ -41,7 +41,7 @@ from llm_batch_coalesce._redis_common import (
     was_cut,
     was_demoted,
 )
-from llm_batch_coalesce._redis_connections import MOST_COMMANDS
+from llm_batch_coalesce._redis_connections import most_commands
 from llm_batch_coalesce._reports import in_coalescer, logger
 from llm_batch_coalesce._store import checked
 
@@ -70,8 +70,7 @@ class Server:
         self._boxes: dict[str, list[asyncio.Queue[Message | None]]] = {}
         self._leases: dict[str, Lease] = {}
         self._lead = asyncio.Event()
-        most = getattr(getattr(self._client, "connection_pool", None), "max_connections", MOST_COMMANDS)
-        self._turns = asyncio.Semaphore(min(MOST_COMMANDS, most))
+        self._turns = asyncio.Semaphore(most_commands(self._client, shared=not self._is_own))
         self._closed = self._met = False
         self._check: asyncio.Task[None] | None = None
         self._inbox: asyncio.Task[None] | None = None

@@ -44,7 +44,7 @@ from llm_batch_coalesce._redis_common import (
     was_cut,
     was_demoted,
 )
-from llm_batch_coalesce._redis_connections import Connections
+from llm_batch_coalesce._redis_connections import Connections, most_commands
 from llm_batch_coalesce._reports import in_coalescer, logger
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Server:
         # Others than clients of one server may ask several, or try again, so their sockets' limits are not enough.
         plain = type(getattr(self._client, "connection_pool", None)) is redis.ConnectionPool
         self._connections = Connections(self._client, fleet.backend_timeout) if plain else None
-        self._bounded = Bounded(fleet.backend_timeout)
+        self._bounded = Bounded(fleet.backend_timeout, most_commands(self._client, shared=not self._is_own))
         self._fleet = fleet
         self._forget = forget
         self._boxes = Boxes()

@@ -1,7 +1,8 @@
 """A TCP proxy in front of a server, on a loop of its own: it can lose, hold up, delay and cut what passes.
 
 `only="inbox"` means the connections that have subscribed, `only="commands"` the others. Faults hit connections that
-are there; those that ask for it hit later ones, too, until `heal`. A connection that has lost bytes stays dead.
+are there; those that ask for it hit later ones, too, until `heal`: for `only="inbox"`, from when they subscribe. A
+connection that has lost bytes stays dead.
 """
 
 import asyncio
@@ -57,7 +58,9 @@ class Proxy:
         self._serving: set[asyncio.Task[None]] = set()
         self._refuses = False
         self._delays: dict[str, float] = {UP: 0.0, DOWN: 0.0}
+        # What later connections lose: from their beginning, and from when they subscribe.
         self._lost: set[str] = set()
+        self._lost_by_inboxes: set[str] = set()
         # Which scripts are to be cut on their way: their digest, whether the server hears of them, how many more.
         self._cut_sha, self._cut_heard, self._cuts_left = b"", False, 0
         self._thread = LoopThread()
@@ -131,7 +134,8 @@ class Proxy:
             for link in self._chosen(only):
                 link.lost.update(directions or (UP, DOWN))
             if later:
-                self._lost.update(directions or (UP, DOWN))
+                lost = self._lost_by_inboxes if only == "inbox" else self._lost
+                lost.update(directions or (UP, DOWN))
 
         self._thread.do(lose)
 
@@ -146,6 +150,7 @@ class Proxy:
         def forgive() -> None:
             self._refuses = False
             self._lost.clear()
+            self._lost_by_inboxes.clear()
             self._delays = {UP: 0.0, DOWN: 0.0}
 
         self._thread.do(forgive)
@@ -202,8 +207,9 @@ class Proxy:
         end = link.ends[direction]
         with contextlib.suppress(OSError):
             while data := await source.read(2**16):
-                if direction == UP and b"SUBSCRIBE" in data.upper():
+                if direction == UP and not link.is_inbox and b"SUBSCRIBE" in data.upper():
                     link.is_inbox = True
+                    link.lost.update(self._lost_by_inboxes)
                 if self._delays[direction]:
                     await asyncio.sleep(self._delays[direction])
                 if self._is_cut(link, direction, data):
