@@ -114,7 +114,7 @@ def test_a_subscription_that_is_never_confirmed_is_made_anew(fleet, proxy, behin
     assert (first.get("k", 1), second.get("k", 2)) == (1, 2)
     assert first.coalescer.stats().backend_errors == 1
     # The connection itself was made: it is the SUBSCRIBE, or what is said of it, that gets lost.
-    wait_until(lambda: proxy.count("inbox") == 1)
+    wait_until(lambda: proxy.count("inbox") >= 1)
     # Commands pass: what others retain is found without an inbox.
     assert second.get("other", 3) == 3
     assert first.do("peek", "other") == 3
