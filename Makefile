@@ -1,7 +1,7 @@
 # make demo / make test do all set-up. PYTHON=... picks the interpreter; each gets an environment of its own.
 PYTHON ?= python3
 ARGS ?=
-# How many processes run tests: they wait more than they compute.
+# How many processes run tests: they wait more than they compute. JOBS=0 runs them in one, for debuggers.
 JOBS ?= 3
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d%s" % (*sys.version_info[:2], getattr(sys, "abiflags", "")))' 2>/dev/null)

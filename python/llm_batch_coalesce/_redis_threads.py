@@ -150,11 +150,12 @@ class Server:
                 except queue.Empty:
                     return None
             case Call(lease) if lease.token:
-                self._renew_from_now(lease)
                 try:
+                    self._renew_from_now(lease)
                     return fn()
                 finally:
-                    del self._leases[lease.token]
+                    # Also if the thread could not be started, or whoever leads was interrupted.
+                    self._leases.pop(lease.token, None)
             case _:
                 return fn()
 

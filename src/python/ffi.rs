@@ -143,8 +143,9 @@ impl Drop for Held {
         let object = unsafe { ManuallyDrop::take(&mut self.0) };
         // SAFETY: may be called by any thread.
         if unsafe { ffi::PyGILState_Check() } == 0 {
-            // PyO3 leaves that to the next thread that is attached.
-            drop(object);
+            // The core drops objects only where it is attached. Should it not be: PyO3's own drop would take a thread in
+            // `detached` for an attached one, so the object is rather kept for ever.
+            let _kept = object.into_ptr();
             return;
         }
         let release = unwinding!(Py_DecRef as DecRef);

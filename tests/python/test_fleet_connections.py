@@ -6,8 +6,11 @@ import pytest
 import redis
 import redis.asyncio
 from fleets import KINDS
+from loops import wait_until
 
+from llm_batch_coalesce import _fleet_scripts as scripts
 from llm_batch_coalesce import _redis_connections
+from llm_batch_coalesce._redis_common import sha_of
 from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer
 
 
@@ -60,6 +63,37 @@ def test_threads_have_the_only_connection_in_the_order_in_which_they_come(fleet)
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+def test_a_call_that_could_not_begin_has_no_lease_that_is_renewed(fleet, monkeypatch):
+    member = fleet.member(lease_seconds=0.6)
+    member.coalescer.peek("k")
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "coalesce-leases":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            member.get("refused", 1)
+    held = member.ask("held", value=2, hold=True).wait_for_call()
+    flight = member.coalescer._fleet.names.flight(member.coalescer._key("held").digest)
+    lefts = [fleet.client.pttl(flight)]
+
+    def is_renewed():
+        lefts.append(fleet.client.pttl(flight))
+        return lefts[-1] > lefts[-2]
+
+    with fleet.commands() as seen:
+        wait_until(is_renewed)
+    held.release()
+    assert held.result() == 2
+    # EVALSHA, the script, two keys, of which the first is the flight.
+    renewed = [words[3].strip('"') for words in seen if words[:2] == ["evalsha", sha_of(scripts.RENEW)]]
+    assert set(renewed) == {flight}
 
 
 class OwnPool(redis.ConnectionPool):
