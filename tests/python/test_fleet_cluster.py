@@ -145,7 +145,7 @@ def test_forgetting_is_heard_by_all(nodes, members, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_node_that_hangs_is_trouble_for_its_own_keys_only(nodes, members, kind):
-    first, second = (members(kind, backend_timeout_seconds=SHORT, lease_seconds=4.0) for _ in range(2))
+    first, second = (members(kind, backend_timeout_seconds=1.0, lease_seconds=4.0) for _ in range(2))
     keys = range(20)
     assert [(first.get(key, key), second.get(key, key)) for key in keys] == [(key, key) for key in keys]
     # The inboxes are at nodes of their own choice; the one that hangs may be such a node.
@@ -176,7 +176,7 @@ def test_a_node_that_hangs_is_trouble_for_its_own_keys_only(nodes, members, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_leases_on_other_nodes_are_renewed_while_a_node_hangs(nodes, members, kind):
-    first, second = (members(kind, backend_timeout_seconds=SHORT, lease_seconds=4.0) for _ in range(2))
+    first, second = (members(kind, backend_timeout_seconds=1.0, lease_seconds=4.0) for _ in range(2))
     assert (first.get("before", 1), second.get("before", 2)) == (1, 1)
     dead, *live = [[key for key in range(100) if node_of(nodes, first, key) is node][:12] for node in reversed(nodes)]
     lives = [key for keys in live for key in keys[:2]]

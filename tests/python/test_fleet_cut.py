@@ -8,7 +8,7 @@ import threading
 import pytest
 from fleet_proxy import Proxy
 from fleets import HOST, KINDS
-from loops import PATIENCE
+from loops import PATIENCE, wait_until
 
 from llm_batch_coalesce import _fleet_scripts as scripts
 from llm_batch_coalesce.redis import RemoteCallError
@@ -102,6 +102,8 @@ def test_a_completion_that_is_cut_serves_those_that_wait(fleet, behind, cut, *, 
     leads = first.ask("k", value=1, hold=True).wait_for_call()
     waits = second.ask("k", callers=3, value=2)
     fleet.wait_for_waiting()
+    # What is not retained serves those only who are there by now.
+    wait_until(lambda: [flight.waiters for flight in second.do("flights")] == [2])
     wait_for_cut = cut(scripts.COMPLETE, heard=heard)
     leads.release()
     assert (leads.result(), waits.results(), leads.calls, waits.calls) == (1, [1] * 3, 1, 0)
