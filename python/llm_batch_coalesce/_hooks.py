@@ -8,7 +8,7 @@ from llm_batch_coalesce._sharing import cancelled_error, deadlock_error, recursi
 from llm_batch_coalesce._store import adapt_store, report_store_error
 from llm_batch_coalesce._streams import close_both, iterate, lost_stream_error, stream_lag_error
 from llm_batch_coalesce._sync import refuse
-from llm_batch_coalesce._tasks import call_is_lost, cancel_call
+from llm_batch_coalesce._tasks import call_is_lost, cancel_call, cancel_pump
 
 _install(
     refuse=refuse,
@@ -32,5 +32,6 @@ _install(
     close_both=close_both,
     report_over_age=report_over_age,
     cancel_call=cancel_call,
+    cancel_pump=cancel_pump,
     call_is_lost=call_is_lost,
 )

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 from weakref import ReferenceType
 
@@ -28,15 +28,27 @@ def error_of(task: CallTask) -> BaseException | None:
 def cancel_call(reference: ReferenceType[CallTask]) -> None:
     """Cancel a call's task on its own loop; called in any thread when the last caller has left."""
     task = reference()
-    if task is None:
-        return
+    if task is not None:
+        _on_its_loop(task, task.cancel)
+
+
+def cancel_pump(reference: ReferenceType[CallTask], ends: Callable[[], bool]) -> None:
+    """Cancel the task that pumps a stream, unless it has noticed itself: it may be awaiting the close of upstream."""
+    task = reference()
+    if task is not None:
+        _on_its_loop(task, lambda: ends() or task.cancel())
+
+
+def _on_its_loop(task: CallTask, function: Callable[[], object]) -> None:
+    """Call a function between two steps of a task."""
     loop = task.get_loop()
-    if loop is _running_loop():
-        task.cancel()
+    # A caller may be dropped within a step of the task.
+    if loop is _running_loop() and task is not asyncio.current_task():
+        function()
         return
     # A closed loop has nothing left to cancel.
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(function)
 
 
 def call_is_lost(reference: ReferenceType[CallTask]) -> bool:

@@ -146,7 +146,7 @@ pub(super) fn check_interrupt() -> PyResult<()> {
 
 /// Hands an error that no caller can get to `sys.unraisablehook`. What is no `Exception` comes from a signal handler, and
 /// is for this thread.
-fn report<T>(py: Python<'_>, result: PyResult<T>) -> Option<T> {
+pub(super) fn report<T>(py: Python<'_>, result: PyResult<T>) -> Option<T> {
     result
         .map_err(|error| {
             if error.is_instance_of::<PyException>(py) {

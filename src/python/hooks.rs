@@ -55,6 +55,8 @@ pub(super) struct Hooks {
     pub(super) report_over_age: Py<PyAny>,
     /// `(weak task) -> None`: cancels a call's task, from any thread.
     pub(super) cancel_call: Py<PyAny>,
+    /// `(weak task, () -> bool) -> None`: the same for a stream's pump, unless it ends, as is asked on its own loop.
+    pub(super) cancel_pump: Py<PyAny>,
     /// `(weak task) -> bool`: whether it can never finish.
     pub(super) call_is_lost: Py<PyAny>,
 }

@@ -62,6 +62,9 @@ impl StreamSource {
     fn append(&self, item: &Bound<'_, PyAny>) -> PyResult<bool> {
         self.coalescer.get().note(item);
         let goes_on = self.stream.append(item.clone().unbind(), false);
+        if !goes_on {
+            self.stream.pump_ends();
+        }
         check_interrupt()?;
         Ok(goes_on)
     }
@@ -87,6 +90,7 @@ impl StreamSource {
         #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
     ) -> PyResult<()> {
         let ttl = ttl_seconds.or(self.stream.ttl).unwrap_or(self.coalescer.get().ttl());
+        self.stream.pump_ends();
         self.stream.finish(ttl);
         self.forget_closer()
     }
@@ -99,6 +103,7 @@ impl StreamSource {
         error: &Bound<'_, PyAny>,
         #[pyo3(from_py_with = options::own_ttl_seconds)] ttl_seconds: Option<Ttl>,
     ) -> PyResult<bool> {
+        self.stream.pump_ends();
         let has_it = self.stream.keep_for_leader(error);
         let shared = end_with(self.coalescer.get(), &self.stream, error, ttl_seconds)?;
         self.forget_closer()?;
@@ -107,6 +112,7 @@ impl StreamSource {
 
     /// Ends the stream with an error that concerns the reader that leads only.
     fn break_off(&self, error: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.stream.pump_ends();
         self.stream.keep_for_leader(error);
         break_off(error.py(), &self.stream, error)?;
         self.forget_closer()

@@ -6,9 +6,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use pyo3::prelude::*;
+use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
 use super::coalescer::Coalescer;
-use super::family::{Outcome, Python3, TaskCall, check_interrupt, undisturbed};
+use super::family::{Outcome, Python3, TaskCall, check_interrupt, report, undisturbed};
 use super::ffi::{self, Held};
 use super::hooks::Hooks;
 use super::inside::{Call, Inside};
@@ -41,6 +42,8 @@ pub(super) struct SharedStream {
     pub(super) iterated: Slot<Held>,
     /// The task that pumps, and its caller's.
     task: Slot<TaskCall>,
+    /// Whether the pump has nothing left to do but to close upstream.
+    pump_ends: AtomicBool,
     /// Whether the reader that leads is still there, and the error that it is to get.
     leader_reads: AtomicBool,
     leaders_error: Slot<Py<PyAny>>,
@@ -61,6 +64,12 @@ impl SharedStream {
     /// Tells which task pumps, so that the last reader to leave can cancel it.
     pub(super) fn led_by(&self, task: TaskCall) {
         self.task.put(task);
+    }
+
+    /// From now on the pump is not cancelled, since that would only disturb it in closing upstream. It says so itself,
+    /// where its task runs.
+    pub(super) fn pump_ends(&self) {
+        self.pump_ends.store(true, Ordering::Release);
     }
 
     pub(super) fn leader(&self) -> Option<TaskCall> {
@@ -140,15 +149,26 @@ impl SharedStream {
     }
 
     /// What is to be closed when the last reader has left.
-    pub(super) fn close(&self, py: Python<'_>) -> PyResult<()> {
+    pub(super) fn close(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
         self.break_off(None, false);
         if let Some(task) = self.task.take() {
-            undisturbed(py, || Python3::cancel_call(task));
+            undisturbed(py, || self.cancel_pump(py, &task));
         }
         if let Some(upstream) = self.upstream.take() {
             self.close_upstream(upstream.bind(py))?;
         }
         check_interrupt()
+    }
+
+    fn cancel_pump(self: &Arc<Self>, py: Python<'_>, pump: &TaskCall) {
+        let stream = Arc::clone(self);
+        let ends = move |_: &Bound<'_, PyTuple>, _: Option<&Bound<'_, PyDict>>| {
+            Ok::<_, PyErr>(stream.pump_ends.load(Ordering::Acquire))
+        };
+        let cancelled = PyCFunction::new_closure(py, None, None, ends).and_then(|ends| {
+            ffi::call(Hooks::get(py)?.cancel_pump.bind(py), [pump.task.bind(py), ends.as_any()])
+        });
+        report(py, cancelled);
     }
 
     /// Closes an iterator as generators are closed, and what it iterates over; some have nothing to close.
@@ -244,6 +264,7 @@ pub(super) fn open(
                     upstream: Slot::new(None),
                     iterated: Slot::new(None),
                     task: Slot::new(None),
+                    pump_ends: AtomicBool::new(false),
                     leader_reads: AtomicBool::new(true),
                     leaders_error: Slot::new(None),
                     read_elsewhere: AtomicBool::new(false),

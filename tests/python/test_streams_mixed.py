@@ -137,6 +137,53 @@ def test_upstream_is_closed_when_the_last_reader_is_cancelled_while_it_pulls(coa
     assert list(coalescer.stream("k", lambda: "new")) == ["n", "e", "w"]
 
 
+@pytest.mark.parametrize("left_in", ["another thread", "the pump's own step"])
+@pytest.mark.parametrize("ends", ["with an item", "with an error"])
+def test_a_pump_that_has_noticed_that_all_have_left_is_not_disturbed_in_closing_upstream(
+    coalescer, tasks, loops, ends, left_in
+):
+    busy, go_on, closed = threading.Event(), threading.Event(), []
+
+    class Upstream(HeldAsyncStream):
+        async def __anext__(self):
+            if self.pulls == 1:
+                await self._gate.acquire()
+                if left_in == "another thread":
+                    busy.set()
+                    assert go_on.wait(PATIENCE)
+                else:
+                    follower.close()
+                if ends == "with an error":
+                    raise OSError
+            return await super().__anext__()
+
+        async def aclose(self):
+            try:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                closed.append("whole")
+            except asyncio.CancelledError:
+                closed.append("cut")
+
+    (loop,) = loops(1)
+    held = Upstream("ab")
+    leader = Reader(leave_after=1).start(tasks, held, loop=loop)
+    held.wait_for_pull()
+    follower = coalescer.stream("k", refused)
+    first = AskedInThread(lambda: next(follower), None)
+    wait_for_readers(coalescer, 2, 2)
+    held.let()
+    assert first.result() == "a"
+    leader.result()
+    held.let(2)
+    if left_in == "another thread":
+        assert busy.wait(PATIENCE)
+        follower.close()
+        go_on.set()
+    wait_until(lambda: closed)
+    assert closed == ["whole"]
+
+
 def test_a_pull_that_cannot_begin_is_left_to_another(coalescer, tasks, monkeypatch):
     """The system has no more threads."""
 
