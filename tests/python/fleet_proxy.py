@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import pytest
-from fleets import HOST, Fleet, ServerProcess
+from fleets import HOST, SHORT, Fleet, ServerProcess
 from loops import LoopThread, let_run, wait_until
 
 UP, DOWN = "up", "down"
 # What members behind a proxy give the server for an answer; and no lease of theirs runs out during a test, unless that
 # is what it is about.
-SHORT, LONG_LEASE = 0.4, 50.0
+LONG_LEASE = 50.0
 
 
 class Link:

@@ -28,6 +28,10 @@ from loops import PATIENCE, wait_until
 
 KINDS = ["threads", "tasks"]
 HOST = "127.0.0.1"
+# A lease, in seconds, that is renewed in time on a busy machine too; tests in which leases run out have shorter ones.
+KEPT = 1.5
+# For how many seconds servers are waited for in tests where that runs out.
+SHORT = 1.0
 
 
 def free_port() -> int:

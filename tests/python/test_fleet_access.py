@@ -10,12 +10,10 @@ import threading
 import pytest
 from fleet_members import Member
 from fleet_proxy import Proxy
-from fleets import HOST, KINDS, ServerProcess, acl_rules
+from fleets import HOST, KINDS, SHORT, ServerProcess, acl_rules
 
 from llm_batch_coalesce import _fleet_scripts
 from llm_batch_coalesce.redis import BackendError
-
-SHORT = 0.5
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ import redis.asyncio
 import redis.asyncio.sentinel
 import redis.sentinel
 from fleet_members import Member
-from fleets import HOST, KINDS, ServerProcess, acl_rules
+from fleets import HOST, KINDS, SHORT, ServerProcess, acl_rules
 from loops import wait_until
 from redis.crc import key_slot
 
 from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer
 
-SHORT = 0.5
 SLOTS = 16384
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import redis
 import redis.asyncio
-from fleets import KINDS
+from fleets import KEPT, KINDS
 from loops import wait_until
 
 from llm_batch_coalesce import _fleet_scripts as scripts
@@ -66,7 +66,7 @@ def test_threads_have_the_only_connection_in_the_order_in_which_they_come(fleet)
 
 
 def test_a_call_that_could_not_begin_has_no_lease_that_is_renewed(fleet, monkeypatch):
-    member = fleet.member(lease_seconds=0.6)
+    member = fleet.member(lease_seconds=KEPT)
     member.coalescer.peek("k")
     start = threading.Thread.start
 

@@ -1,6 +1,7 @@
 """Commands of a fleet whose connection is cut: unheard or heard, they are sent once more and come out right."""
 
 import contextlib
+import functools
 import gc
 import socket
 import threading
@@ -15,6 +16,12 @@ from llm_batch_coalesce.redis import RemoteCallError
 
 # On its way to the server, or with the answer, when it has been done.
 heard_or_not = pytest.mark.parametrize("heard", [False, True], ids=["unheard", "heard"])
+
+
+@pytest.fixture
+def behind(behind):
+    # It is cuts that are tested, and nothing that is slow.
+    return functools.partial(behind, backend_timeout_seconds=10.0)
 
 
 @pytest.fixture

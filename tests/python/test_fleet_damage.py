@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from fleets import KINDS
+from fleets import KEPT, KINDS
 from loops import wait_until
 
 from llm_batch_coalesce._fleet_wire import About, JsonSerializer, pack_value
@@ -116,7 +116,7 @@ def test_a_flight_of_nobody_holds_a_key_for_one_lease(fleet, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_outcome_that_was_damaged_while_others_wait(fleet, kind):
-    leader, member = fleet.member(lease_seconds=0.3), fleet.member(kind, lease_seconds=0.3)
+    leader, member = fleet.member(lease_seconds=KEPT), fleet.member(kind, lease_seconds=KEPT)
     led = leader.ask("k", value="right", hold=True).wait_for_call()
     waits = member.ask("k", value="own")
     fleet.wait_for_waiting(1)

@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from fleets import KINDS, ProcessDiedError
+from fleets import KEPT, KINDS, ProcessDiedError
 from loops import wait_until
 
 from llm_batch_coalesce import _fleet_scripts as scripts
@@ -22,7 +22,7 @@ def has_waited(member, seconds):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_waiter_takes_over_from_a_leader_that_was_killed(fleet, kind):
-    lease = 1.5
+    lease = 2 * KEPT
     leader, *waiters = fleet.processes([kind, *KINDS], lease_seconds=lease)
     led = leader.ask("k", hold=True, callers=5).wait_for_call()
     waiting = [waiter.ask("k", value=number, callers=5) for number, waiter in enumerate(waiters)]
@@ -46,7 +46,7 @@ def test_the_key_of_a_leader_that_was_killed_is_free_though_nobody_waited(fleet)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_leader_that_was_paused_past_its_lease_is_refused(fleet, kind):
-    paused, other, third = fleet.processes([kind, "tasks", "threads"], lease_seconds=0.4, ttl_seconds=60)
+    paused, other, third = fleet.processes([kind, "tasks", "threads"], lease_seconds=KEPT, ttl_seconds=60)
     led = paused.ask("k", value="late", hold=True, callers=3).wait_for_call()
     took_over = other.ask("k", value="new", hold=True)
     fleet.wait_for_waiting(1)
@@ -92,13 +92,13 @@ def test_a_late_error_or_release_is_refused_too(fleet, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_call_that_outlives_its_lease_many_times_keeps_it(fleet, kind):
-    lease, keys = 0.3, range(20)
-    leader, other = fleet.member(kind, lease_seconds=lease), fleet.member(lease_seconds=lease)
+    keys = range(20)
+    leader, other = fleet.member(kind, lease_seconds=KEPT), fleet.member(lease_seconds=KEPT)
     led = [leader.ask(key, value=key, hold=True).wait_for_call() for key in keys]
     waits = [other.ask(key) for key in keys]
     fleet.wait_for_waiting(1, flights=len(keys))
     with fleet.commands() as seen:
-        wait_until(lambda: all(flight.age_seconds > 4 * lease for flight in other.do("flights")))
+        wait_until(lambda: all(flight.age_seconds > 2 * KEPT for flight in other.do("flights")))
     renewed = {words[3] for words in seen if words[1:2] == [sha_of(scripts.RENEW)]}
     assert len(renewed) == len(keys)
     if kind == "threads":

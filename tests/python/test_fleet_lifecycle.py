@@ -10,7 +10,7 @@ import threading
 import pytest
 import redis
 import redis.asyncio
-from fleets import KINDS
+from fleets import KEPT, KINDS
 from loops import LoopThread, let_run, wait_until
 from test_fork import Child
 from watching import Freed
@@ -162,8 +162,8 @@ asyncio.run(main())
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_has_an_inbox_and_connections_of_its_own(fleet):
-    parent = DistributedBatchCoalescer(fleet.client, namespace=fleet.namespace, lease_seconds=0.3, ttl_seconds=60)
-    other = fleet.member(lease_seconds=0.3, ttl_seconds=60)
+    parent = DistributedBatchCoalescer(fleet.client, namespace=fleet.namespace, lease_seconds=KEPT, ttl_seconds=60)
+    other = fleet.member(lease_seconds=KEPT, ttl_seconds=60)
     assert parent.get_or_call("retained", lambda: "old") == "old"
     held = other.ask("held", value="v", hold=True).wait_for_call()
     waits = [fleet.member().ask("held"), threading.Thread(target=parent.get_or_call, args=("held", lambda: "x"))]
@@ -199,7 +199,7 @@ def test_a_forked_child_has_an_inbox_and_connections_of_its_own(fleet):
         else:
             assert fleet.client.brpop(child_is_here, 20)
             wait_until(lambda: fleet.waiting() == [0, 3])
-            mine = fleet.member(lease_seconds=0.3).ask("led", value="of the parent")
+            mine = fleet.member(lease_seconds=KEPT).ask("led", value="of the parent")
             wait_until(lambda: fleet.waiting() == [1, 3])
             held.release()
             assert [held.result(), waits[0].result()] == ["v"] * 2

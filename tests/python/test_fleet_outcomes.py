@@ -7,7 +7,7 @@ import pickle
 import time
 
 import pytest
-from fleets import KINDS
+from fleets import KEPT, KINDS
 from loops import wait_until
 
 from llm_batch_coalesce import Retain
@@ -257,7 +257,7 @@ def test_what_was_received_is_retained_for_what_is_left_of_it(fleet, kind):
     one, other, late = (fleet.member(kind, ttl_seconds=60) for _ in range(3))
     shared(fleet, one, other, value="v")
     (name,) = fleet.names()
-    fleet.client.pexpire(name, 300)
+    fleet.client.pexpire(name, 1_500)
     assert late.get("k") == "v"
     wait_until(lambda: fleet.names() == [])
     wait_until(lambda: not late.do("__contains__", "k"))
@@ -280,12 +280,12 @@ def test_endless_ttls_are_refused_where_everything_has_a_lifetime(fleet, kind):
 
 @both_kinds
 def test_steps_of_a_wall_clock_change_nothing(fleet, kind, monkeypatch):
-    one, other = (fleet.member(kind, lease_seconds=0.4, ttl_seconds=60) for _ in range(2))
+    one, other = (fleet.member(kind, lease_seconds=KEPT, ttl_seconds=60) for _ in range(2))
     real, steps = time.time, iter([0, 10**9, -(10**9)] * 100_000)
     monkeypatch.setattr(time, "time", lambda: real() + next(steps))
     led = one.ask("k", value="v", hold=True).wait_for_call()
     waits = other.ask("k")
-    wait_until(lambda: [flight.age_seconds > 1 for flight in other.do("flights")] == [True])
+    wait_until(lambda: [flight.age_seconds > 2 * KEPT for flight in other.do("flights")] == [True])
     led.release()
     assert (led.result(), waits.result(), waits.calls) == ("v", "v", 0)
     assert one.get("k") == other.get("k") == fleet.member(kind).get("k") == "v"

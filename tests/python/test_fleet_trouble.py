@@ -6,7 +6,7 @@ import time
 import pytest
 import redis
 import redis.asyncio
-from fleets import KINDS, Fleet, ServerProcess, wait_until_shared
+from fleets import KINDS, SHORT, Fleet, ServerProcess, wait_until_shared
 from loops import wait_until
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ConstantBackoff
@@ -16,7 +16,7 @@ from llm_batch_coalesce import _fleet_options
 from llm_batch_coalesce.redis import BackendError
 
 # What the server is given for an answer in these tests, in seconds, and what is far too long for anybody.
-SHORT, FAR_TOO_LONG = 0.4, 20.0
+FAR_TOO_LONG = 20.0
 # For how long a server hangs: longer than the leases, and than anybody waits for it.
 HANGS = 5.0
 

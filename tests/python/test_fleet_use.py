@@ -1,7 +1,7 @@
 """A fleet in use: roles, counters, peeking, forgetting, namespaces and databases, and the decorator."""
 
 import pytest
-from fleets import KINDS
+from fleets import KEPT, KINDS
 from loops import wait_until
 
 from llm_batch_coalesce import Outcome, RecursiveCallError
@@ -91,8 +91,7 @@ def test_what_is_forgotten_is_forgotten_everywhere(fleet, kind):
 
 @both_kinds
 def test_a_forgotten_flight_serves_its_waiters_and_nobody_else(fleet, kind):
-    lease = 0.3
-    one, other, third = (fleet.member(each, ttl_seconds=60, lease_seconds=lease) for each in [kind, *KINDS])
+    one, other, third = (fleet.member(each, ttl_seconds=60, lease_seconds=KEPT) for each in [kind, *KINDS])
     old = one.ask("k", value="old", hold=True).wait_for_call()
     waits = other.ask("k", value="of a waiter")
     fleet.wait_for_waiting(1)
@@ -103,7 +102,7 @@ def test_a_forgotten_flight_serves_its_waiters_and_nobody_else(fleet, kind):
     late = other.ask("k", value="late")
     fleet.wait_for_waiting(1, flights=2)
     # Its lease is renewed, and its waiters stay with it.
-    wait_until(lambda: other.do("flights")[0].age_seconds > 4 * lease)
+    wait_until(lambda: other.do("flights")[0].age_seconds > 2 * KEPT)
     old.release()
     assert [old.result(), waits.result()] == ["old"] * 2
     assert not late.done()
@@ -115,8 +114,7 @@ def test_a_forgotten_flight_serves_its_waiters_and_nobody_else(fleet, kind):
 
 @both_kinds
 def test_a_flight_that_was_forgotten_after_it_was_handed_over(fleet, kind):
-    lease = 0.3
-    options = {"lease_seconds": lease, "private_errors": KeyError, "ttl_seconds": 60}
+    options = {"lease_seconds": KEPT, "private_errors": KeyError, "ttl_seconds": 60}
     one, other, third = (fleet.member(each, **options) for each in [*KINDS, kind])
     first = one.ask("k", error=KeyError(), hold=True).wait_for_call()
     second = other.ask("k", value="old", hold=True)
@@ -126,7 +124,7 @@ def test_a_flight_that_was_forgotten_after_it_was_handed_over(fleet, kind):
     waits = third.ask("k", value="of a waiter")
     fleet.wait_for_waiting(1)
     assert one.do("forget", "k") is True
-    wait_until(lambda: third.do("flights")[0].age_seconds > 4 * lease)
+    wait_until(lambda: third.do("flights")[0].age_seconds > 2 * KEPT)
     second.release()
     assert [second.result(), waits.result(), waits.calls] == ["old", "old", 0]
     assert one.get("k", "new") == "new"
