@@ -37,7 +37,7 @@ def run_demo(*arguments: str, prelude: str = "", **env: str) -> subprocess.Compl
         encoding="utf-8",
         env=environment(**env),
         check=False,
-        timeout=25,
+        timeout=45,
     )
 
 
