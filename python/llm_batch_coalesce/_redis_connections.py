@@ -67,6 +67,18 @@ class Turns:
                 self._free += 1
 
 
+def _packed(words: tuple[str | bytes | int, ...]) -> bytes:
+    """Return a command as it is sent (https://redis.io/docs/latest/develop/reference/protocol-spec/).
+
+    The client's own packer takes three times as long, which is a tenth of a round trip.
+    """
+    parts = [b"*%d\r\n" % len(words)]
+    for word in words:
+        content = word if isinstance(word, bytes) else str(word).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(content), content))
+    return b"".join(parts)
+
+
 class Connections:
     """Connections as those of a client of one server, taken in turn by threads.
 
@@ -95,7 +107,7 @@ class Connections:
             # Whether all of the answer was read. If not, it must never be taken for the next command's.
             whole = False
             try:
-                connection.send_command(*words, check_health=False)
+                connection.send_packed_command([_packed(words)], check_health=False)
                 answer = self._parsed(connection, words[0])
                 whole = True
             except redis.exceptions.ResponseError:
