@@ -222,22 +222,36 @@ def _given(fleet: Fleet, landed: Landed, left_seconds: float) -> Any:  # noqa: A
 
 def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[Step, Any, Any]:
     began = time.monotonic()
+    # Whether the server is told what has become of the call, which a second interrupt does not prevent.
+    told = False
     try:
-        value, ttl = _kept(fleet, (yield Call(lease)), ttl_seconds)
+        try:
+            value, ttl = _kept(fleet, (yield Call(lease)), ttl_seconds)
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) or fleet.is_private(error):
+                raise
+            seconds = fleet.error_ttl(error, ttl_seconds)
+            payload = pack_error(error, About(time.monotonic() - began, seconds, fleet.leader))
+            told = True
+            kept = yield from _complete(fleet, lease, payload, seconds)
+            fleet.note_ttl(error, seconds if kept else 0.0)
+            raise
+        payload, ttl = _packed(fleet, value, time.monotonic() - began, ttl)
+        told = True
+        kept = yield from _complete(fleet, lease, payload, ttl)
+        return Retain(value, ttl if kept else 0.0)
     except GeneratorExit:
         raise
-    except BaseException as error:
-        if fleet.is_private(error):
+    except BaseException:
+        if not told:
             yield from _tell(fleet, _release(fleet, lease))
-            raise
-        seconds = fleet.error_ttl(error, ttl_seconds)
-        payload = pack_error(error, About(time.monotonic() - began, seconds, fleet.leader))
-        kept = yield from _complete(fleet, lease, payload, seconds)
-        fleet.note_ttl(error, seconds if kept else 0.0)
         raise
-    elapsed = time.monotonic() - began
+
+
+def _packed(fleet: Fleet, value: Any, elapsed: float, ttl: float) -> tuple[bytes, float]:  # noqa: ANN401 - the user's
+    """Return the payload of a value, and for how long it is retained."""
     try:
-        payload = pack_value(fleet.serializer, value, About(elapsed, ttl, fleet.leader))
+        return pack_value(fleet.serializer, value, About(elapsed, ttl, fleet.leader)), ttl
     except Exception as reason:  # noqa: BLE001 - it is the serializer's
         logger.warning(
             "a value of type %s%s cannot be shared with other processes: %s",
@@ -245,10 +259,7 @@ def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[St
             in_coalescer(fleet.name),
             message_of(reason),
         )
-        ttl = 0.0
-        payload = pack_unserializable(value, reason, About(elapsed, ttl, fleet.leader))
-    kept = yield from _complete(fleet, lease, payload, ttl)
-    return Retain(value, ttl if kept else 0.0)
+        return pack_unserializable(value, reason, About(elapsed, 0.0, fleet.leader)), 0.0
 
 
 def _kept(fleet: Fleet, value: Any, ttl_seconds: float | None) -> tuple[Any, float]:  # noqa: ANN401 - the user's value

@@ -79,7 +79,7 @@ class AsyncInnerTransport:
     It is closed when they are done: other clients may wait for them than the one that closes it.
     """
 
-    __slots__ = ("_close", "_lock", "_pumps", "transport")
+    __slots__ = ("_close", "_closing", "_lock", "_pumps", "transport")
 
     def __init__(self, transport: Any) -> None:  # noqa: ANN401 - of either library
         self.transport = transport
@@ -87,15 +87,34 @@ class AsyncInnerTransport:
         self._lock = threading.Lock()
         self._pumps = 0
         self._close: Callable[[], Awaitable[object]] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
-    async def pump(self, request: Any, library: Any, source: Any) -> None:  # noqa: ANN401
-        """Send a request and feed its response to a shared stream."""
+    def start(self, loop: asyncio.AbstractEventLoop, request: Any, library: Any, source: Any) -> asyncio.Task[Any]:  # noqa: ANN401
+        """Send a request and feed its response to a shared stream, in a task."""
+        begun = False
+
+        async def pump() -> None:
+            nonlocal begun
+            begun = True
+            try:
+                await self._feed(request, library, source)
+            finally:
+                close = self._end_pump()
+                if close is not None:
+                    await close()
+
+        def done(_: object) -> None:
+            # It may have been cancelled before it began.
+            close = None if begun else self._end_pump()
+            if close is not None:
+                self._closing = loop.create_task(_run(close))
+
+        # From now on, since others may close the transport before the task begins.
         with self._lock:
             self._pumps += 1
-        try:
-            await self._feed(request, library, source)
-        finally:
-            await self._end_pump()
+        task = loop.create_task(pump())
+        task.add_done_callback(done)
+        return task
 
     async def _feed(self, request: Any, library: Any, source: Any) -> None:  # noqa: ANN401
         head = None
@@ -109,6 +128,7 @@ class AsyncInnerTransport:
                 if not await _feed(source, response, EndMark(head)):
                     return
             finally:
+                source.ends()
                 await response.aclose()
             source.finish(head.ttl_seconds)
         except asyncio.CancelledError as error:
@@ -126,14 +146,14 @@ class AsyncInnerTransport:
             if not source.fail(error, 0.0) and not isinstance(error, Exception):
                 raise
 
-    async def _end_pump(self) -> None:
+    def _end_pump(self) -> Callable[[], Awaitable[object]] | None:
+        """Count a request as done; return what closes the transport, if it was the last one that this waited for."""
         with self._lock:
             self._pumps -= 1
-            close = None if self._pumps else self._close
-            if close is not None:
-                self._close = None
-        if close is not None:
-            await close()
+            if self._pumps:
+                return None
+            close, self._close = self._close, None
+            return close
 
     async def close(self, close: Callable[[], Awaitable[object]]) -> None:
         """Have the transport closed by the coroutine function `close`, now or when all requests are done."""
@@ -142,6 +162,10 @@ class AsyncInnerTransport:
                 self._close = close
                 return
         await close()
+
+
+async def _run(close: Callable[[], Awaitable[object]]) -> None:
+    await close()
 
 
 async def _feed(source: Any, response: Any, mark: EndMark) -> bool:  # noqa: ANN401
@@ -199,6 +223,6 @@ def _lead(
     library: Any,  # noqa: ANN401
 ) -> None:
     loop = asyncio.get_running_loop()
-    task = loop.create_task(inner.pump(upstream_request(library, request), library, source))
+    task = inner.start(loop, upstream_request(library, request), library, source)
     source.led_by(task, asyncio.current_task(loop) or task)
     coalescer._hold(task)  # noqa: SLF001 - it is the package's

@@ -72,20 +72,19 @@ class InnerTransport:
     It is closed when they are done: other clients may wait for them than the one that closes it.
     """
 
-    __slots__ = ("_close", "_lock", "_pumps", "transport")
+    __slots__ = ("_close", "_lock", "_under_way", "transport")
 
     def __init__(self, transport: Any) -> None:  # noqa: ANN401 - of either library
         self.transport = transport
         self._lock = threading.Lock()
-        self._pumps = 0
+        self._under_way = 0
         self._close: Callable[[], object] | None = None
 
     def send_shared(self, request: Any, library: Any, source: Any) -> None:  # noqa: ANN401
         """Send a request in a thread of its own, and feed its response to a shared stream."""
         copy = upstream_request(library, request)
         context = contextvars.copy_context()
-        with self._lock:
-            self._pumps += 1
+        self.begin()
         # A daemon: its callers may all have left while the provider says nothing, and the process must be able to end.
         thread = threading.Thread(
             target=context.run,
@@ -96,7 +95,7 @@ class InnerTransport:
         try:
             thread.start()
         except RuntimeError:  # no more threads
-            self._end_pump()
+            self.end()
             raise
 
     def _pump(self, request: Any, library: Any, source: Any) -> None:  # noqa: ANN401
@@ -121,21 +120,27 @@ class InnerTransport:
             if not source.fail(error, 0.0) and not isinstance(error, Exception):
                 raise
         finally:
-            self._end_pump()
+            self.end()
 
-    def _end_pump(self) -> None:
+    def begin(self) -> None:
+        """Have it stay open until `end`."""
         with self._lock:
-            self._pumps -= 1
-            close = None if self._pumps else self._close
-            if close is not None:
-                self._close = None
+            self._under_way += 1
+
+    def end(self) -> None:
+        """Close it if that has waited for this."""
+        with self._lock:
+            self._under_way -= 1
+            if self._under_way:
+                return
+            close, self._close = self._close, None
         if close is not None:
             close()
 
     def close(self, close: Callable[[], object]) -> None:
         """Have the transport closed by calling `close`, now or when all requests are done."""
         with self._lock:
-            if self._pumps:
+            if self._under_way:
                 self._close = close
                 return
         close()
@@ -211,13 +216,18 @@ def share(coalescer: BatchCoalescer, key: Any, inner: InnerTransport, request: A
     """
     began, until = time.monotonic(), None
     while True:
-        reader = coalescer._open(key, None, None, True)  # noqa: SLF001, FBT003 - it is the package's
-        place = make_place(ThreadPlace, reader, request, library)
+        # From before others can wait for it.
+        inner.begin()
         try:
+            reader = coalescer._open(key, None, None, True)  # noqa: SLF001, FBT003 - it is the package's
+            place = make_place(ThreadPlace, reader, request, library)
             if reader.leads:
                 # Patience with a request that it sends itself begins anew.
                 began, until = time.monotonic(), None
-                _lead(reader.source(), inner, request, library)
+                _lead(reader.source(), place, inner, request, library)
+        finally:
+            inner.end()
+        try:
             until = until or place.until()
             head = place.head(began, until)
         except BaseException:
@@ -228,9 +238,10 @@ def share(coalescer: BatchCoalescer, key: Any, inner: InnerTransport, request: A
         place.leave()
 
 
-def _lead(source: Any, inner: InnerTransport, request: Any, library: Any) -> None:  # noqa: ANN401
+def _lead(source: Any, place: ThreadPlace, inner: InnerTransport, request: Any, library: Any) -> None:  # noqa: ANN401
     try:
         inner.send_shared(request, library, source)
     except BaseException as error:
         source.break_off(error)
+        place.leave()
         raise

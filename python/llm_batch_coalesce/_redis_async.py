@@ -93,6 +93,7 @@ class AsyncDistributedBatchCoalescer(Member):
             ttl_seconds, on_abandoned=on_abandoned, **self._local_options(max_retained)
         )
         self._server: _redis_tasks.Server | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     def _connected(self) -> _redis_tasks.Server:
         if self._closed:
@@ -211,7 +212,13 @@ class AsyncDistributedBatchCoalescer(Member):
         self._closed = True
         server, self._server = self._server, None
         if server is not None and self._process == os.getpid():
-            await server.close()
+            # A task of its own: whoever is cancelled here may come again.
+            self._closing = asyncio.create_task(server.close())
+        closing = self._closing
+        if closing is not None and closing.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([closing])
+            if not closing.cancelled():
+                closing.result()
 
     async def __aenter__(self) -> Self:
         """Return the coalescer."""

@@ -68,7 +68,8 @@ class Bounded:
             job.do()
             del job
             with self._lock:
-                if self._closed and self._pending == 0:
+                # Those that are idle do what is left.
+                if self._closed and self._pending <= self._idle:
                     self._threads -= 1
                     return
                 self._idle += 1
@@ -77,7 +78,8 @@ class Bounded:
         """End the threads when they are done. Commands that come later have threads of their own."""
         with self._lock:
             self._closed = True
-            for _ in range(self._idle):
+            unneeded = max(0, self._idle - self._pending)
+            for _ in range(unneeded):
                 self._jobs.put(None)
-            self._threads -= self._idle
-            self._idle = 0
+            self._threads -= unneeded
+            self._idle -= unneeded

@@ -225,7 +225,12 @@ class Server:
         if self._check is None or (self._check.done() and (self._check.cancelled() or self._check.exception())):
             self._check = asyncio.create_task(self._check_server())
             self._check.add_done_callback(lambda check: check.cancelled() or check.exception())
-        await asyncio.shield(self._check)
+        check = self._check
+        # Not by `shield`: when it is cancelled by `close`, these callers are not.
+        await asyncio.wait([check])
+        if check.cancelled():
+            raise BackendTroubleError("the coalescer was closed meanwhile")
+        check.result()
 
     async def _check_server(self) -> None:
         info: Any = None
@@ -398,8 +403,10 @@ class Server:
         self._wake_all()
         self._tell(None)
         last_words = self._last_words - {asyncio.current_task()}
-        await asyncio.gather(*tasks, *last_words, return_exceptions=True)
-        if self._is_own:
-            with contextlib.suppress(*TROUBLE):
-                # Those that are in use have something to say of calls under way, and end after that.
-                await self._client.connection_pool.disconnect(inuse_connections=False)
+        try:
+            await asyncio.gather(*tasks, *last_words, return_exceptions=True)
+        finally:
+            if self._is_own:
+                with contextlib.suppress(*TROUBLE):
+                    # Those that are in use have something to say of calls under way, and end after that.
+                    await self._client.connection_pool.disconnect(inuse_connections=False)

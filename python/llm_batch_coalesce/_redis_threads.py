@@ -172,23 +172,25 @@ class Server:
 
     def ask(self, step: Ask) -> Any:  # noqa: ANN401 - what the script returns
         """Run a script; the first one opens the connections."""
-        if step.script is scripts.CLAIM:
-            # Who may have to wait needs the inbox. What is said of calls under way is said after `close`, too.
-            try:
-                self._begin()
-            except BackendTroubleError:
-                self._deaf = True
-                raise
         try:
-            answer = self._evaluate(step)
-        except BackendTroubleError as trouble:
-            if not was_cut(trouble.__cause__):
-                raise
-            answer = second_answer(step, self._evaluate(step))
-        self._met = True
-        if self._closed.is_set():
-            self._disconnect()
-        return answer
+            if step.script is scripts.CLAIM:
+                # Who may have to wait needs the inbox. What is said of calls under way is said after `close`, too.
+                try:
+                    self._begin()
+                except BackendTroubleError:
+                    self._deaf = True
+                    raise
+            try:
+                answer = self._evaluate(step)
+            except BackendTroubleError as trouble:
+                if not was_cut(trouble.__cause__):
+                    raise
+                answer = second_answer(step, self._evaluate(step))
+            self._met = True
+            return answer
+        finally:
+            if self._closed.is_set():
+                self._disconnect()
 
     def _evaluate(self, step: Ask) -> Any:  # noqa: ANN401 - as above
         words = (len(step.keys), *step.keys, *step.args)

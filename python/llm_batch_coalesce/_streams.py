@@ -58,6 +58,9 @@ async def pump(
 
 
 async def _close(upstream: Any) -> None:  # noqa: ANN401 - whatever `fn` has returned
+    if asyncio.isfuture(upstream) and upstream.done() and not upstream.cancelled() and not upstream.exception():
+        # The pump was cancelled when it was about to have it.
+        upstream = upstream.result()
     close = getattr(upstream, "aclose", None) or getattr(upstream, "close", None)
     if close is None:
         return

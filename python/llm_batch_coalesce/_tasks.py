@@ -28,24 +28,26 @@ def error_of(task: CallTask) -> BaseException | None:
 def cancel_call(reference: ReferenceType[CallTask]) -> None:
     """Cancel a call's task on its own loop; called in any thread when the last caller has left."""
     task = reference()
-    if task is not None:
-        _on_its_loop(task, task.cancel)
+    if task is None:
+        return
+    loop = task.get_loop()
+    if loop is _running_loop():
+        task.cancel()
+    else:
+        _call_soon(loop, task.cancel)
 
 
 def cancel_pump(reference: ReferenceType[CallTask], ends: Callable[[], bool]) -> None:
-    """Cancel the task that pumps a stream, unless it has noticed itself: it may be awaiting the close of upstream."""
+    """Cancel the task that pumps a stream, unless it ends by itself: then it may be awaiting the close of upstream.
+
+    It is asked between two of its steps: the last reader may leave within one.
+    """
     task = reference()
     if task is not None:
-        _on_its_loop(task, lambda: ends() or task.cancel())
+        _call_soon(task.get_loop(), lambda: ends() or task.cancel())
 
 
-def _on_its_loop(task: CallTask, function: Callable[[], object]) -> None:
-    """Call a function between two steps of a task."""
-    loop = task.get_loop()
-    # A caller may be dropped within a step of the task.
-    if loop is _running_loop() and task is not asyncio.current_task():
-        function()
-        return
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
     # A closed loop has nothing left to cancel.
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function)

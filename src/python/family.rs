@@ -104,10 +104,8 @@ impl Family for Python3 {
     fn cancel_call(call: TaskCall) {
         let py = ffi::attached();
         undisturbed(py, || {
-            report(
-                py,
-                Hooks::get(py).and_then(|hooks| ffi::call(hooks.cancel_call.bind(py), [call.task.bind(py)])),
-            )
+            let cancel = || ffi::call(Hooks::get(py)?.cancel_call.bind(py), [call.task.bind(py)]);
+            report(py, for_sure(py, cancel));
         });
     }
 
@@ -156,6 +154,15 @@ pub(super) fn report<T>(py: Python<'_>, result: PyResult<T>) -> Option<T> {
             }
         })
         .ok()
+}
+
+/// Tells Python something that must be heard, though a signal handler may raise before or after. Being told twice does no
+/// harm.
+pub(super) fn for_sure<R>(py: Python<'_>, tell: impl Fn() -> PyResult<R>) -> PyResult<R> {
+    match tell() {
+        Err(error) if !error.is_instance_of::<PyException>(py) => tell().and(Err(error)),
+        told => told,
+    }
 }
 
 /// Runs Python code that has nothing to do with an error that may be on its way: leads and seats are also dropped while
@@ -212,14 +219,12 @@ fn tell(how: &Bound<'_, PyString>, event_loop: &Bound<'_, PyAny>, futures: &[&Py
     let set_all = set_all(py)?;
     // The first one last, where it is taken from.
     let futures = PyList::new(py, futures.iter().rev())?;
-    let tell = || ffi::call_method(how, [event_loop, set_all, event_loop, &futures]).map(drop);
-    match tell() {
+    let tell = || match ffi::call_method(how, [event_loop, set_all, event_loop, &futures]) {
         // The loop is closed: its tasks will never run again.
         Err(_) if is_closed(event_loop)? => Ok(()),
-        // A signal handler has raised, before the loop was told or after; being told twice does no harm.
-        Err(error) if !error.is_instance_of::<PyException>(py) => tell().and(Err(error)),
-        told => told,
-    }
+        told => told.map(drop),
+    };
+    for_sure(py, tell)
 }
 
 fn is_closed(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {

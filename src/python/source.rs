@@ -78,6 +78,11 @@ impl StreamSource {
         !(self.stream.log.is_over() && self.stream.upstream.take().is_some())
     }
 
+    /// From now on its task is not cancelled, since it is about to close upstream.
+    fn ends(&self) {
+        self.stream.pump_ends();
+    }
+
     /// Has the stream go on though its last reader leaves.
     fn see_through(&self) {
         self.stream.log.see_through();

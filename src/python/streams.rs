@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
 use super::coalescer::Coalescer;
-use super::family::{Outcome, Python3, TaskCall, check_interrupt, report, undisturbed};
+use super::family::{Outcome, Python3, TaskCall, check_interrupt, for_sure, report, undisturbed};
 use super::ffi::{self, Held};
 use super::hooks::Hooks;
 use super::inside::{Call, Inside};
@@ -166,7 +166,8 @@ impl SharedStream {
             Ok::<_, PyErr>(stream.pump_ends.load(Ordering::Acquire))
         };
         let cancelled = PyCFunction::new_closure(py, None, None, ends).and_then(|ends| {
-            ffi::call(Hooks::get(py)?.cancel_pump.bind(py), [pump.task.bind(py), ends.as_any()])
+            let hook = Hooks::get(py)?.cancel_pump.bind(py);
+            for_sure(py, || ffi::call(hook, [pump.task.bind(py), ends.as_any()]))
         });
         report(py, cancelled);
     }

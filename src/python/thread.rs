@@ -10,7 +10,7 @@ use pyo3::types::{PyDict, PyTuple};
 use super::answer::{Answer, Request, Role, find, find_value};
 use super::coalescer::{Coalescer, Options};
 use super::errors::{cancelled_error, timeout_error};
-use super::family::{Python3, Shared, running_loop};
+use super::family::{Python3, Shared, check_interrupt, running_loop};
 use super::hooks::Hooks;
 use super::inside::{Call, Inside, Led};
 use super::many;
@@ -302,6 +302,7 @@ impl<'a, 'py> Asked<'a, 'py> {
                 Standing::Waiting => {
                     place.count_timeout();
                     drop(place);
+                    check_interrupt()?;
                     return Err(self.timeout_error(&map)?);
                 }
                 Standing::Offered => {

@@ -149,6 +149,8 @@ def test_patience_begins_anew_for_a_request_that_the_caller_sends_itself(callers
     client = callers.client(inner)
     leader = callers.post(client)
     waiter = callers.post(client, timeout=library.Timeout(PATIENCE, connect=None))
+    (flight,) = callers.coalescer.flights()
+    wait_until(lambda: callers.coalescer._readers(flight.key) == (2, 2))
     inner.release()
     assert type(raised(leader)) is library.ConnectTimeout
     assert waiter.result(PATIENCE).content == b"slow"
