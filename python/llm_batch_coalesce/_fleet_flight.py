@@ -222,7 +222,7 @@ def _given(fleet: Fleet, landed: Landed, left_seconds: float) -> Any:  # noqa: A
 
 def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[Step, Any, Any]:
     began = time.monotonic()
-    # Whether the server is told what has become of the call, which a second interrupt does not prevent.
+    # Whether the server is being told what has become of the call: `_tell` does so whatever comes.
     told = False
     try:
         try:
