@@ -181,7 +181,7 @@ def test_an_interrupt_of_the_thread_that_cancels_a_call_is_its_own_and_the_call_
         leaving.start()
         interrupt_in("cancel_call")
         with pytest.raises(KeyboardInterrupt):
-            threads.get_or_call("k", lambda: None, timeout=1.0)
+            threads.get_or_call("k", lambda: None, timeout=3.0)
         leaving.join()
         assert held.cancelled.wait(PATIENCE)
         assert threads.get_or_call("other", lambda: 5) == 5
