@@ -1,6 +1,7 @@
 """What several tests need: threads that start together and whose failures are the test's."""
 
 import gc
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -13,6 +14,10 @@ from http_fixtures import callers, library, provider, running
 
 # Fixtures, one of each for all modules.
 __all__ = ["behind", "callers", "fleet", "idle_processes", "library", "provider", "proxy", "running", "server"]
+
+# Programs under test are interrupted, which a shell's background jobs and `nohup` would have them ignore.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Crew:
