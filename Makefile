@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 # How many processes run tests: they wait more than they compute. JOBS=0 runs them in one, for debuggers.
-JOBS ?= 5
+JOBS ?= 3
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d%s" % (*sys.version_info[:2], getattr(sys, "abiflags", "")))' 2>/dev/null)
 VENV := .venv/$(TAG)
