@@ -14,8 +14,8 @@ import redis.asyncio
 from fleets import HOST
 from loops import PATIENCE, HeldCall, LoopThread, let_run, wait_until
 
-from llm_batch_coalesce import AsyncBatchCoalescer, _redis_bounded
-from llm_batch_coalesce.httpx import AsyncCoalescingTransport
+from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer, _redis_bounded
+from llm_batch_coalesce.httpx import AsyncCoalescingTransport, CoalescingTransport
 from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer
 
 
@@ -87,6 +87,29 @@ async def test_a_transport_is_not_closed_before_a_request_that_is_about_to_begin
     else:
         assert [result.status_code for result in results] == [200, 200]
         assert seen == ["request", "closed"]
+
+
+def test_a_transport_is_not_closed_between_the_claim_of_a_thread_and_its_request():
+    seen = []
+
+    class ClosedByAnother(BatchCoalescer):
+        def _open(self, *args):
+            reader = super()._open(*args)
+            transport.close()
+            return reader
+
+    class Inner(httpx.BaseTransport):
+        def handle_request(self, request):
+            seen.append("request")
+            return httpx.Response(200, json={})
+
+        def close(self):
+            seen.append("closed")
+
+    transport = CoalescingTransport(Inner(), coalescer=ClosedByAnother())
+    assert httpx.Client(transport=transport).post("http://provider.test/", json={}).status_code == 200
+    wait_until(lambda: "closed" in seen)
+    assert seen == ["request", "closed"]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks start eagerly since Python 3.12")
