@@ -7,6 +7,7 @@ clusters, and those with a pool of the user's own class, are used as they are.
 from __future__ import annotations
 
 import inspect
+import secrets
 from typing import Any
 
 import redis
@@ -65,6 +66,13 @@ def own_async_client_of_node(node: Any, timeout: float) -> Any:  # noqa: ANN401 
     options = _own_async_options(node.connection_kwargs, timeout)
     options |= {"host": node.host, "port": node.port, "connection_class": node.connection_class}
     return redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool(**options))
+
+
+def other_primary(client: Any, last: Any) -> Any:  # noqa: ANN401 - a cluster's client, and a node of it or None
+    """Choose a node of a cluster for the inbox: by chance, but another one than the last, which was lost."""
+    nodes = list(client.get_primaries())
+    others = [node for node in nodes if last is None or node.name != last.name]
+    return secrets.choice(others or nodes)
 
 
 def database_of(client: Any) -> int:  # noqa: ANN401 - a client of redis-py, of whatever kind

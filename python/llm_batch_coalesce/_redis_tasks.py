@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
@@ -26,7 +25,7 @@ from llm_batch_coalesce._fleet_flight import (
     parse_message,
     renewal,
 )
-from llm_batch_coalesce._redis_clients import own_async_client, own_async_client_of_node
+from llm_batch_coalesce._redis_clients import other_primary, own_async_client, own_async_client_of_node
 from llm_batch_coalesce._redis_common import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
@@ -74,6 +73,7 @@ class Server:
         self._closed = self._met = False
         self._check: asyncio.Task[None] | None = None
         self._inbox: asyncio.Task[None] | None = None
+        self._inbox_node: Any = None  # of a cluster
         self._renewer: asyncio.Task[None] | None = None
         self._last_words: set[asyncio.Task[Any]] = set()
         # The subscription: whether it is there, or could not be made, which is told in turn. `_wanted`: try now.
@@ -316,7 +316,8 @@ class Server:
             return own if own is self._client else await opened.enter_async_context(contextlib.aclosing(own))
         # Every node of a cluster has every message; another one is tried when this one is lost.
         await self._client.initialize()
-        own = own_async_client_of_node(secrets.choice(self._client.get_primaries()), self._fleet.backend_timeout)
+        self._inbox_node = other_primary(self._client, self._inbox_node)
+        own = own_async_client_of_node(self._inbox_node, self._fleet.backend_timeout)
         return await opened.enter_async_context(contextlib.aclosing(own))
 
     def _resume(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import secrets
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from llm_batch_coalesce._fleet_flight import (
     renewal,
 )
 from llm_batch_coalesce._redis_bounded import Bounded
-from llm_batch_coalesce._redis_clients import own_client
+from llm_batch_coalesce._redis_clients import other_primary, own_client
 from llm_batch_coalesce._redis_common import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
@@ -122,6 +121,7 @@ class Server:
         self._closed = threading.Event()
         self._checked = self._met = False
         self._inbox: threading.Thread | None = None
+        self._inbox_node: Any = None  # of a cluster
         self._renewer: threading.Thread | None = None
         # The subscription: whether it is there, how often it could not be made, and why. `_wanted`: try now.
         # `_deaf`: what is retained may have been forgotten elsewhere.
@@ -315,7 +315,8 @@ class Server:
         client = self._client
         if self._is_cluster:
             # Every node of a cluster has every message; another one is tried when this one is lost.
-            client = client.get_redis_connection(secrets.choice(client.get_primaries()))
+            self._inbox_node = other_primary(client, self._inbox_node)
+            client = client.get_redis_connection(self._inbox_node)
         # A pool of its own: what is cut here is not to be taken for commands.
         own = own_client(client, self._fleet.backend_timeout)
         return own if own is client else opened.enter_context(contextlib.closing(own))

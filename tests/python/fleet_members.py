@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 import redis.asyncio
-from loops import PATIENCE, LoopThread
+from loops import PATIENCE, LoopThread, wait_for_callers
 
 from llm_batch_coalesce import Retain
 from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer
@@ -38,8 +38,9 @@ class Wish:
 class Asked:
     """Callers that were started, and their outcomes: values, and errors as they were raised."""
 
-    def __init__(self, wish: Wish, tell: Callable[..., None] | None = None) -> None:
+    def __init__(self, member: "Member", wish: Wish, tell: Callable[..., None] | None = None) -> None:
         self.wish = wish
+        self._member = member
         self.calls = 0
         # Set when the callable runs.
         self.called = threading.Event()
@@ -53,8 +54,9 @@ class Asked:
     # What a test does.
 
     def wait_for_call(self) -> "Asked":
-        """Return when the callable runs."""
+        """Return when the callable runs, and the other callers wait for it."""
         assert self.called.wait(PATIENCE), "the callable is not called"
+        wait_for_callers(self._member, self.wish.key, self.wish.callers)
         return self
 
     def release(self) -> None:
@@ -142,7 +144,7 @@ class Member:
 
     def ask(self, key: Any, *, tell: Callable[..., None] | None = None, **wish: Any) -> Asked:
         """Start callers, all at once; the fields of `Wish` say what they want."""
-        asked = Asked(Wish(key, **wish), tell)
+        asked = Asked(self, Wish(key, **wish), tell)
         self._asked.append(asked)
         if self.loop is None:
             self._ask_in_threads(asked)

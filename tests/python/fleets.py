@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loops import PATIENCE, wait_until
+from loops import PATIENCE, wait_for_callers, wait_until
 
 KINDS = ["threads", "tasks"]
 HOST = "127.0.0.1"
 # A lease, in seconds, that is renewed in time on a busy machine too; tests in which leases run out have shorter ones.
-KEPT = 1.5
+KEPT = 2.0
 # For how many seconds servers are waited for in tests where that runs out.
 SHORT = 1.0
 
@@ -123,14 +123,15 @@ class ServerProcess:
 class RemoteAsked:
     """Callers in another process; as `Asked` of `fleet_members`."""
 
-    def __init__(self, process: "Process", number: int) -> None:
-        self._process, self._number = process, number
+    def __init__(self, process: "Process", number: int, key: Any, callers: int) -> None:
+        self._process, self._number, self._key, self._callers = process, number, key, callers
         self.calls = 0
         self.called = threading.Event()
         self.outcomes: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
 
     def wait_for_call(self) -> "RemoteAsked":
         assert self.called.wait(PATIENCE), "the callable is not called"
+        wait_for_callers(self._process, self._key, self._callers)
         return self
 
     def release(self) -> None:
@@ -183,7 +184,7 @@ class Process:
     def ask(self, key: Any, **wish: Any) -> RemoteAsked:
         """Start callers, all at once; the fields of `Wish` say what they want."""
         number = next(self._numbers)
-        asked = self._asked[number] = RemoteAsked(self, number)
+        asked = self._asked[number] = RemoteAsked(self, number, key, wish.get("callers", 1))
         self.send("ask", number, key, wish)
         return asked
 

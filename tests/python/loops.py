@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -22,6 +22,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def wait_for_waiters(coalescer: Any, key: object, count: int) -> None:
     """Return when exactly so many callers wait for the key's flight."""
     wait_until(lambda: coalescer._waiters(key) == count)
+
+
+def wait_for_callers(member: Any, key: object, callers: int) -> None:
+    """Return when so many callers, or more, of a member of a fleet are in its flight of the key."""
+    if callers > 1:
+        wait_until(lambda: [each.waiters + 1 >= callers for each in member.do("flights") if each.key == key] == [True])
 
 
 def ask(coalescer: Any, thread: "LoopThread", fn: Callable[[], Any]) -> "Asked":

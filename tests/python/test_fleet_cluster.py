@@ -13,6 +13,7 @@ from fleets import HOST, KINDS, SHORT, ServerProcess, acl_rules
 from loops import wait_until
 from redis.crc import key_slot
 
+from llm_batch_coalesce import _redis_common
 from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer
 
 SLOTS = 16384
@@ -174,6 +175,24 @@ def test_a_node_that_hangs_is_trouble_for_its_own_keys_only(nodes, members, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_inbox_whose_node_hangs_goes_to_another_one(nodes, members, kind, monkeypatch, caplog):
+    monkeypatch.setattr(_redis_common, "PING_EVERY", 0.2)
+    monkeypatch.setattr("secrets.choice", lambda among: min(among, key=lambda node: node.name))
+    caplog.set_level("DEBUG", "llm_batch_coalesce")
+    member = members(kind, backend_timeout_seconds=1.0)
+    member.get("before", 1)
+
+    def has_inbox(node):
+        with node.client() as client:
+            return client.pubsub_channels("*:inbox:*") != []
+
+    hangs, *others = sorted(nodes, key=has_inbox, reverse=True)
+    hangs.pause()
+    wait_until(lambda: any(has_inbox(node) for node in others))
+    assert caplog.text.count("the inbox was lost") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_leases_on_other_nodes_are_renewed_while_a_node_hangs(nodes, members, kind):
     first, second = (members(kind, backend_timeout_seconds=1.0, lease_seconds=4.0) for _ in range(2))
     assert (first.get("before", 1), second.get("before", 2)) == (1, 1)
@@ -211,9 +230,11 @@ def test_a_user_who_may_do_only_what_the_guide_says(nodes, kind):
                 rules = acl_rules("mine")
                 client.execute_command("ACL", "SETUSER", "fleet", "reset", "on", ">secret", "resetchannels", *rules)
         for node in nodes[:2]:
-            user = node.address | {"username": "fleet", "password": "secret", "socket_timeout": 2.0}
+            user = node.address | {"username": "fleet", "password": "secret", "socket_timeout": 10.0}
             client = (redis if kind == "threads" else redis.asyncio).RedisCluster(**user)
-            made.append(Member(kind, {}, {"namespace": "mine", "backend_timeout_seconds": 5.0}, client))
+            made.append(
+                Member(kind, {}, {"namespace": "mine", "backend_timeout_seconds": 20.0, "ttl_seconds": 60}, client)
+            )
         for key in range(5):
             leads = made[0].ask(key, value=1, hold=True).wait_for_call()
             waits = made[1].ask(key, value=2)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from fleet_proxy import Proxy
-from fleets import HOST, KINDS
+from fleets import HOST, KEPT, KINDS
 from loops import PATIENCE, wait_until
 
 from llm_batch_coalesce import _fleet_scripts as scripts
@@ -173,7 +173,7 @@ def test_a_release_that_is_cut_hands_the_call_to_one_of_those_that_wait(fleet, b
 @pytest.mark.parametrize("kind", KINDS)
 @heard_or_not
 def test_what_is_cut_a_second_time_is_trouble_and_not_sent_again(fleet, behind, cut, kind, heard):
-    first, second = behind(kind, lease_seconds=1.0), fleet.member(kind)
+    first, second = behind(kind, lease_seconds=KEPT), fleet.member(kind)
     assert first.get("before", 0) == 0
     wait_for_cut = cut(scripts.CLAIM, heard=heard, times=2)
     alone = first.ask("alone", value=1)

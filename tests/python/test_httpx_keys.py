@@ -9,6 +9,7 @@ import httpx
 import httpx2
 import pytest
 from http_callers import URL, Inner, Threads
+from loops import PATIENCE
 
 import llm_batch_coalesce.httpx
 from llm_batch_coalesce import AsyncBatchCoalescer, BatchCoalescer
@@ -194,15 +195,15 @@ def test_other_methods_and_paths_go_straight_through(callers):
     through = [("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings"), ("POST", "/v1/messages/batches")]
     for method, path in through:
         for _ in range(2):
-            callers.start(client.request, method, f"http://provider.test{path}").result(30)
+            callers.start(client.request, method, f"http://provider.test{path}").result(PATIENCE)
     assert len(inner.requests) == 2 * len(through)
     assert callers.coalescer.stats().calls == 0
     # They keep their own timeout, since nobody else waits for them.
-    assert {request.extensions["timeout"]["read"] for request in inner.requests} == {30}
+    assert {request.extensions["timeout"]["read"] for request in inner.requests} == {PATIENCE}
     inner.requests.clear()
     for method, path in [("POST", "/v1/chat/completions"), ("PUT", "/v2/messages")]:
         for _ in range(2):
-            callers.start(client.request, method, f"http://provider.test{path}").result(30)
+            callers.start(client.request, method, f"http://provider.test{path}").result(PATIENCE)
     assert len(inner.requests) == 2
 
 
