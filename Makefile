@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 # How many processes run tests: they wait more than they compute. JOBS=0 runs them in one, for debuggers.
-JOBS ?= 3
+JOBS ?= 4
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d%s" % (*sys.version_info[:2], getattr(sys, "abiflags", "")))' 2>/dev/null)
 VENV := .venv/$(TAG)
@@ -23,7 +23,7 @@ test-rust: check-tools
 		cargo test --quiet --locked --no-default-features --test loom
 
 test-python: $(VENV)/.tested
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.tested  ## Run the benchmarks; PYTHON=... picks the interpreter
 	@$(BIN)/python -m pytest benches/python --benchmark-enable --benchmark-only --benchmark-columns=median,rounds \
