@@ -8,12 +8,24 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from complaints import complaints
 from fleet_proxy import behind, proxy
 from fleets import fleet, idle_processes, server
 from http_fixtures import callers, library, provider, running
 
 # Fixtures, one of each for all modules.
-__all__ = ["behind", "callers", "fleet", "idle_processes", "library", "provider", "proxy", "running", "server"]
+__all__ = [
+    "behind",
+    "callers",
+    "complaints",
+    "fleet",
+    "idle_processes",
+    "library",
+    "provider",
+    "proxy",
+    "running",
+    "server",
+]
 
 # Programs under test are interrupted, which a shell's background jobs and `nohup` would have them ignore.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -48,6 +48,16 @@ async def let_run(rounds: int = 20) -> None:
         await asyncio.sleep(0)
 
 
+async def start_callers(coalescer: Any, *callables: Callable[[], Any]) -> list[asyncio.Task[Any]]:
+    """Ask for "k" in a task for each callable, in this order; the first leads. Returns when all wait."""
+    tasks = []
+    for fn in callables:
+        tasks.append(asyncio.create_task(coalescer.get_or_call("k", fn)))
+        await let_run()
+    assert coalescer._waiters("k") == len(callables) - 1
+    return tasks
+
+
 class HeldCall:
     """A callable for `get_or_call` that stays in its call until `release`, from any thread."""
 

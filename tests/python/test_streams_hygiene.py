@@ -7,13 +7,9 @@ import weakref
 import pytest
 from faces import refused
 from loops import let_run
-from test_async_hygiene import complaints as heard
 from upstreams import HeldAsyncStream, Reader, Stop
 
 from llm_batch_coalesce import AsyncBatchCoalescer
-
-# What the interpreter and asyncio complain about, as in the tests of calls.
-complaints = heard
 
 
 @pytest.fixture
