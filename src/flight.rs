@@ -198,6 +198,12 @@ impl<F: Family> Flight<F> {
         self.state() == State::Pending && now < self.deadline.load(Ordering::Relaxed)
     }
 
+    /// Notes how many seconds the call took, before it lands, if that is known better than by when it began here.
+    pub fn took(&self, seconds: f32) {
+        // Relaxed: published by the state.
+        self.duration.store(seconds.to_bits(), Ordering::Relaxed);
+    }
+
     /// How many callers joined the flight, and how many seconds the call took; of one that has landed.
     pub fn report(&self) -> (u32, f32) {
         // Relaxed: published by the state.
@@ -408,7 +414,9 @@ impl<F: Family> Flight<F> {
         let duration = std::time::Duration::from_nanos(landing.saturating_sub(rest.since)).as_secs_f32();
         // Relaxed: published by the state.
         self.joined.store(rest.joined, Ordering::Relaxed);
-        self.duration.store(duration.to_bits(), Ordering::Relaxed);
+        if self.duration.load(Ordering::Relaxed) == 0 {
+            self.duration.store(duration.to_bits(), Ordering::Relaxed);
+        }
         let state = if retain {
             self.outcome.set(outcome);
             // Relaxed: published by the state.

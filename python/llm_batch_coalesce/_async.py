@@ -319,6 +319,24 @@ class AsyncBatchCoalescer(Face):
                 del error, task
         return ticket.outcome()
 
+    @overload
+    async def get_or_call_many(
+        self,
+        keys: Iterable[K],
+        fn: Callable[[list[K]], Awaitable[Mapping[K, Retain[T]] | Sequence[Retain[T]]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> dict[K, T]: ...
+    @overload
+    async def get_or_call_many(
+        self,
+        keys: Iterable[K],
+        fn: Callable[[list[K]], Awaitable[Mapping[K, T | Retain[T]] | Sequence[T | Retain[T]]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> dict[K, T]: ...
     async def get_or_call_many(
         self,
         keys: Iterable[K],

@@ -28,6 +28,7 @@ __all__ = [
     "_carry_calls",
     "_check_seconds",
     "_install",
+    "_retain_of_call",
     "_stop_sweeper",
 ]
 
@@ -264,6 +265,16 @@ class ThreadCoalescer(Coalescer):
             Exception: As in `get_or_call`.
         """
 
+    @overload
+    def get_or_call_many(
+        self,
+        keys: Iterable[_K],
+        fn: Callable[[list[_K]], Mapping[_K, Retain[_T]] | Sequence[Retain[_T]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> dict[_K, _T]: ...
+    @overload
     def get_or_call_many(
         self,
         keys: Iterable[_K],
@@ -466,3 +477,4 @@ def _stop_sweeper() -> None: ...
 def _advance_clock(seconds: float) -> None: ...
 def _carry_calls() -> None: ...
 def _check_seconds(name: str, value: object, /) -> float: ...
+def _retain_of_call(value: _T, ttl_seconds: float, call_seconds: float, /) -> Retain[_T]: ...

@@ -83,6 +83,29 @@ class CoalescedMethod(Protocol[Q, P, R_co]):
     def forget(self, *args: P.args, **kwargs: P.kwargs) -> bool: ...
 
 
+class FleetFunction(Protocol[P, R_co]):
+    """What the decorator of a fleet's coalescer makes of a function."""
+
+    __name__: str
+    __qualname__: str
+    coalescer: Any
+
+    @property
+    def __wrapped__(self) -> Callable[P, R_co]: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    def key_for(self, *args: P.args, **kwargs: P.kwargs) -> Hashable: ...
+
+    # A bool, or of a coroutine function an awaitable of one.
+    def forget(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...  # noqa: ANN401
+    def __get__(self, instance: object, owner: type | None = None, /) -> Any: ...  # noqa: ANN401
+
+
+class FleetDecorator(Protocol):
+    """What `coalesced` of a fleet's coalescer returns."""
+
+    def __call__(self, fn: Callable[P, R], /) -> FleetFunction[P, R]: ...
+
+
 class Decorator(Protocol):
     """What `coalesced` returns."""
 

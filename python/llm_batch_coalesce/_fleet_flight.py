@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from llm_batch_coalesce import _core
 from llm_batch_coalesce import _fleet_scripts as scripts
 from llm_batch_coalesce._core import Retain
 from llm_batch_coalesce._errors import BackendError
@@ -214,7 +215,7 @@ def _unpacked(fleet: Fleet, payload: bytes) -> Landed | None:
 def _given(fleet: Fleet, landed: Landed, left_seconds: float) -> Any:  # noqa: ANN401 - the user's value
     """Return or raise an outcome of the fleet, with the TTL that is left of it."""
     if landed.error is None:
-        return Retain(landed.value, left_seconds)
+        return _core._retain_of_call(landed.value, left_seconds, max(0.0, landed.seconds))  # noqa: SLF001 - a part of it
     fleet.note_ttl(landed.error, left_seconds)
     fleet.count("remote_errors")
     raise landed.error
@@ -236,10 +237,11 @@ def _lead(fleet: Fleet, lease: Lease, ttl_seconds: float | None) -> Generator[St
             kept = yield from _complete(fleet, lease, payload, seconds)
             fleet.note_ttl(error, seconds if kept else 0.0)
             raise
-        payload, ttl = _packed(fleet, value, time.monotonic() - began, ttl)
+        seconds = time.monotonic() - began
+        payload, ttl = _packed(fleet, value, seconds, ttl)
         told = True
         kept = yield from _complete(fleet, lease, payload, ttl)
-        return Retain(value, ttl if kept else 0.0)
+        return _core._retain_of_call(value, ttl if kept else 0.0, seconds)  # noqa: SLF001 - a part of it
     except GeneratorExit:
         raise
     except BaseException:

@@ -11,10 +11,18 @@ from llm_batch_coalesce._errors import RemoteCallError, SerializationError
 
 _VERSION = 1
 _JSON = json.JSONEncoder(allow_nan=False)
+# Escapes would make one character of two surrogates that stand for one.
+_JSON_AS_IT_IS = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+_EXACT = frozenset({str, int, float, bool, type(None)})
 
 
 class Serializer(Protocol):
-    """Turns values into bytes or text and back: `json`, `pickle`, `orjson` and `msgpack` have the two functions."""
+    """Turns values into bytes or text and back: `json`, `pickle`, `orjson` and `msgpack` have the two functions.
+
+    But for pickle, they change some values without a word: tuples come back as lists; with `json` all keys as text;
+    with `orjson` NaN as None, and dates as text. `orjson` and `msgpack` refuse integers past 64 bits, and `orjson` keys
+    that are integers, which `msgpack` writes and does not read. Take one only if your values have none of these.
+    """
 
     def dumps(self, value: Any, /) -> bytes | str:  # noqa: ANN401 - any value of the user's
         """Return the value as bytes or text."""
@@ -24,18 +32,21 @@ class Serializer(Protocol):
 
 
 class JsonSerializer:
-    """The standard `json`, which changes no value silently: NaN is refused, integers of any size stay exact."""
+    """The standard `json`, which changes no value silently: what would not come back as it was is refused."""
 
-    def dumps(self, value: Any, /) -> str:  # noqa: ANN401 - as above
-        """Return the value as JSON.
+    def dumps(self, value: Any, /) -> bytes:  # noqa: ANN401 - as above
+        """Return the value as JSON in UTF-8.
 
         Raises:
-            TypeError: If it is not JSON, or would come back as something else: a tuple, or a key that is no string.
-            ValueError: If it has a NaN or an infinity, or contains itself.
+            TypeError: If it is not JSON, or would come back as something else: a tuple, an instance of a subclass (of
+                an enumeration, a `Counter`), or a key that is no string.
+            ValueError: If it has a NaN, an infinity, or an integer of more digits than Python takes, or contains
+                itself.
         """
-        text = _JSON.encode(value)
+        text = _JSON_AS_IT_IS.encode(value)
         _check_json(value)
-        return text
+        # `json.loads` reads surrogates without a partner, too.
+        return text.encode("utf-8", "surrogatepass")
 
     def loads(self, content: bytes, /) -> Any:  # noqa: ANN401 - as above
         """Return the value."""
@@ -44,16 +55,20 @@ class JsonSerializer:
 
 def _check_json(value: object) -> None:
     """Refuse what `json` would turn into something else."""
-    if isinstance(value, dict):
-        for key, item in value.items():
+    kind = type(value)
+    if kind in _EXACT:
+        return
+    if kind is dict:
+        for key, item in value.items():  # type: ignore[attr-defined]
             if type(key) is not str:
                 raise TypeError(f"a key of type {type(key).__qualname__} would come back as a str")
             _check_json(item)
-    elif isinstance(value, list):
-        for item in value:
+    elif kind is list:
+        for item in value:  # type: ignore[attr-defined]
             _check_json(item)
-    elif isinstance(value, tuple):
-        raise TypeError("a tuple would come back as a list")
+    else:
+        plain = next(base for base in (dict, list, tuple, str, int, float) if isinstance(value, base))
+        raise TypeError(f"a {kind.__qualname__} would come back as a {'list' if plain is tuple else plain.__name__}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import redis.asyncio
 
@@ -64,7 +64,7 @@ class AsyncDistributedBatchCoalescer(Member):
         error_ttl_seconds: float | Callable[[Any], float | None] | None = None,
         private_errors: type[BaseException] | Iterable[type[BaseException]] = (),
         max_retained: int | None = None,
-        on_abandoned: Any = "cancel",  # noqa: ANN401 - checked by the local map
+        on_abandoned: Literal["cancel", "finish"] = "cancel",
         name: str | None = None,
         namespace: str = "llm_batch_coalesce",
         lease_seconds: float = 10.0,
@@ -108,6 +108,24 @@ class AsyncDistributedBatchCoalescer(Member):
             raise RuntimeError(f"{shown(self)} is bound to another event loop, that of its first use")
         return self._server
 
+    @overload
+    async def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[Retain[T]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> T: ...
+    @overload
+    async def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[T | Retain[T]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> T: ...
     async def get_or_call(
         self,
         key: Hashable,
@@ -125,7 +143,8 @@ class AsyncDistributedBatchCoalescer(Member):
             ttl_seconds: The TTL in seconds of the outcome that this caller leads, instead of the coalescer's.
 
         Raises:
-            Exception: As in `DistributedBatchCoalescer.get_or_call`.
+            Exception: As in `DistributedBatchCoalescer.get_or_call`. Circles and recursions that pass through the
+                server are not seen here, either.
             asyncio.CancelledError: If this caller was cancelled.
             RuntimeError: If the coalescer is closed, or bound to another event loop.
         """
@@ -137,6 +156,24 @@ class AsyncDistributedBatchCoalescer(Member):
         except WaitTimeoutError as error:
             raise timeout_error(error) from None
 
+    @overload
+    async def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[Retain[T]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Outcome[T]: ...
+    @overload
+    async def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], Awaitable[T | Retain[T]]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Outcome[T]: ...
     async def outcome(
         self,
         key: Hashable,
@@ -146,6 +183,8 @@ class AsyncDistributedBatchCoalescer(Member):
         ttl_seconds: float | None = None,
     ) -> Outcome[T]:
         """Return the same as `get_or_call`, with this caller's role in the fleet and what is known of the flight.
+
+        Its `waiters` are those of this process; its `duration_seconds` are those of the call, wherever it was made.
 
         Args:
             key: As in `get_or_call`.
@@ -193,11 +232,12 @@ class AsyncDistributedBatchCoalescer(Member):
             key: As in `get_or_call`.
 
         Returns:
-            Whether the key was retained or in flight, in this process or on the server. False may be wrong if the
-            connection to the server was cut meanwhile.
+            Whether the key was retained or in flight, in this process or on the server; if the server cannot be used,
+            in this process, which alone forgets it then. False may be wrong if the connection to the server was cut
+            meanwhile.
 
         Raises:
-            BackendError: As in `get_or_call`.
+            BackendError: As in `get_or_call`; this process has forgotten the key all the same.
         """
         server, fleet_key = self._connected(), self._key(key)
         there = self._local.forget(fleet_key)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llm_batch_coalesce import _fleet_scripts as scripts
 from llm_batch_coalesce._decorator import coalesced
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable
 
     from llm_batch_coalesce._async import AsyncBatchCoalescer
+    from llm_batch_coalesce._decorator import FleetDecorator
     from llm_batch_coalesce._fleet_flight import Step
     from llm_batch_coalesce._sync import BatchCoalescer
 
@@ -110,7 +111,7 @@ class Member:
         """Return the counters of this process."""
         return self._fleet.stats(self._local.stats())
 
-    def coalesced(self, key: Callable[..., Hashable] | None = None) -> Any:  # noqa: ANN401 - a decorator
+    def coalesced(self, key: Callable[..., Hashable] | None = None) -> FleetDecorator:
         """Make a decorator: calls of the function with the same key share one call in the fleet.
 
         Threads' coalescers decorate plain functions, tasks' coroutine functions. Otherwise it is as `coalesced` of
@@ -126,7 +127,7 @@ class Member:
         Raises:
             TypeError: As in `BatchCoalescer.coalesced`; the decorator, for a function of the other kind.
         """
-        return coalesced(self, key)  # type: ignore[arg-type]
+        return cast("FleetDecorator", coalesced(self, key))  # type: ignore[arg-type]
 
     def reset_stats(self) -> None:
         """Count from zero. `in_flight` and `retained` are no counts and stay as they are."""

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import redis
 
@@ -121,6 +121,24 @@ class DistributedBatchCoalescer(Member):
                 weakref.finalize(self, connections.server.stop).atexit = False
             return connections.server
 
+    @overload
+    def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], Retain[T]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> T: ...
+    @overload
+    def get_or_call(
+        self,
+        key: Hashable,
+        fn: Callable[[], T | Retain[T]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> T: ...
     def get_or_call(
         self,
         key: Hashable,
@@ -150,8 +168,10 @@ class DistributedBatchCoalescer(Member):
             BackendError: If the server cannot be used, and `on_backend_error` is `"raise"`; and at the first contact,
                 if it refuses the client, is too old, or is a read-only replica.
             TimeoutError: If `timeout` passed. Only for this caller.
-            RecursiveCallError: If the call that computes this key asks for it, in this process.
-            DeadlockError: If that call waits, in the end, for this caller, in this process.
+            RecursiveCallError: If the call that computes this key asks for it, with this coalescer and in this process.
+            DeadlockError: If that call waits, in the end, for this caller, and nobody in that circle waits for the
+                server. What passes through it is not seen, also between two coalescers of one process: give calls
+                inside calls a `timeout`.
             TypeError: If the key is of another type and there is no `key_encoder`, or an argument is of a wrong type.
             ValueError: If a number of seconds is negative, infinite or NaN.
             RuntimeError: If the coalescer is closed.
@@ -164,6 +184,24 @@ class DistributedBatchCoalescer(Member):
         except WaitTimeoutError as error:
             raise timeout_error(error) from None
 
+    @overload
+    def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], Retain[T]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Outcome[T]: ...
+    @overload
+    def outcome(
+        self,
+        key: Hashable,
+        fn: Callable[[], T | Retain[T]],
+        *,
+        timeout: float | None = None,
+        ttl_seconds: float | None = None,
+    ) -> Outcome[T]: ...
     def outcome(
         self,
         key: Hashable,
@@ -173,6 +211,8 @@ class DistributedBatchCoalescer(Member):
         ttl_seconds: float | None = None,
     ) -> Outcome[T]:
         """Return the same as `get_or_call`, with this caller's role in the fleet and what is known of the flight.
+
+        Its `waiters` are those of this process; its `duration_seconds` are those of the call, wherever it was made.
 
         Args:
             key: As in `get_or_call`.
@@ -216,17 +256,18 @@ class DistributedBatchCoalescer(Member):
     def forget(self, key: Hashable) -> bool:
         """Drop a key in the whole fleet, so that its next caller leads a call of its own.
 
-        Other processes are told by a message: in that moment, each may serve the old outcome once more.
+        Other processes are told by a message: in that moment, each may serve the old outcome once more. While the
+        server cannot be used, only this process forgets.
 
         Args:
             key: As in `get_or_call`.
 
         Returns:
-            Whether the key was retained or in flight, in this process or on the server. False may be wrong if the
-            connection to the server was cut meanwhile.
+            Whether the key was retained or in flight, in this process or on the server; if the server cannot be used,
+            in this process. False may be wrong if the connection to the server was cut meanwhile.
 
         Raises:
-            BackendError: As in `get_or_call`.
+            BackendError: As in `get_or_call`; this process has forgotten the key all the same.
         """
         server, fleet_key = self._connected(), self._key(key)
         there = self._local.forget(fleet_key)

@@ -10,6 +10,9 @@ from typing import Any
 
 from llm_batch_coalesce._shown import shown
 
+# An integer of so many bits may have more digits than Python writes.
+_LONG = 2_000
+
 
 def request_key(request: Mapping[str, Any] | Any, *, scope: str, drop: Iterable[str] = ()) -> str:  # noqa: ANN401
     """Return the key of a request: the same for equal requests in whatever order, another for any other.
@@ -28,8 +31,9 @@ def request_key(request: Mapping[str, Any] | Any, *, scope: str, drop: Iterable[
         A version, and 64 hexadecimal digits of a BLAKE2b digest; nothing of the request can be read from it.
 
     Raises:
-        TypeError: If the request is none, or a value in it is not JSON; it names the place, such as
-            `messages[2].content[0]`. If `scope` or a name to drop is no string.
+        TypeError: If the request is none, or a value in it is not JSON, a secret of pydantic's, or an integer of more
+            than 4,300 digits (as many as Python writes); it names the place, such as `messages[2].content[0]`. If the
+            request is nested too deeply. If `scope` or a name to drop is no string.
         ValueError: If `scope` is empty.
 
     Example:
@@ -46,11 +50,14 @@ def request_key(request: Mapping[str, Any] | Any, *, scope: str, drop: Iterable[
     dropped = {drop} if isinstance(drop, str) else set(drop)
     if not all(isinstance(name, str) for name in dropped):
         raise TypeError(f"drop must be names of fields, not {shown(drop)}")
-    fields = _dumped(request)
+    fields = _dumped(request, "")
     if not isinstance(fields, Mapping):
         raise TypeError(f"request must be a mapping or a pydantic model, not {shown(request)}")
     kept = {name: value for name, value in fields.items() if name not in dropped}
-    rendered = render([scope, plain(kept, "", equal_numbers=True)])
+    try:
+        rendered = render([scope, plain(kept, "", equal_numbers=True)])
+    except RecursionError:
+        raise TypeError("the request cannot be a key: it is nested too deeply") from None
     return f"request-v1:{hashlib.blake2b(rendered, digest_size=32).hexdigest()}"
 
 
@@ -72,7 +79,9 @@ def plain(value: object, place: str, around: frozenset[int] = frozenset(), *, eq
     Raises:
         TypeError: If the value, or one in it, is not JSON.
     """
-    value = _dumped(value)
+    value = _dumped(value, place)
+    if isinstance(value, int) and value.bit_length() > _LONG:
+        _check_digits(value, place)
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, float) and math.isfinite(value):
@@ -95,8 +104,28 @@ def plain(value: object, place: str, around: frozenset[int] = frozenset(), *, eq
     return copy
 
 
-def _dumped(value: Any) -> Any:  # noqa: ANN401 - whatever a request is made of
+def _check_digits(number: int, place: str) -> None:
+    try:
+        str(number)
+    except ValueError as error:
+        raise TypeError(f"{place or 'the request'} cannot be part of a request as JSON: {error}") from None
+
+
+def _dumped(value: Any, place: str) -> Any:  # noqa: ANN401 - whatever a request is made of
     # Pydantic's models have it; asked of the class, since instances may make up attributes.
     if hasattr(type(value), "model_dump"):
+        _refuse_secrets(value.model_dump(by_alias=True), place)
         return value.model_dump(mode="json", by_alias=True)
     return value
+
+
+def _refuse_secrets(value: object, place: str) -> None:
+    """Refuse what pydantic masks as JSON: all secrets would look the same."""
+    if hasattr(type(value), "get_secret_value"):
+        raise TypeError(f"{place} cannot be part of a request: secrets are masked, so that any two would be equal")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_secrets(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple | set | frozenset):
+        for index, item in enumerate(value):
+            _refuse_secrets(item, f"{place}[{index}]")

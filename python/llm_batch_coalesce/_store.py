@@ -16,9 +16,13 @@ _Key_contra = TypeVar("_Key_contra", contravariant=True)
 
 
 class MappingStore(Protocol[_Key_contra]):
-    """A store like a mapping: a dict, or a cache of cachetools, cachebox or diskcache."""
+    """A store like a mapping: a dict, or a cache of cachetools, cachebox or diskcache.
 
-    def get(self, key: _Key_contra, default: Any = None, /) -> Any:  # noqa: ANN401 - whatever is stored
+    It is never told a TTL, and keeps values by its own rules, also those of a `Retain`. What has `__setitem__` is one,
+    though it may have `set`, too. What a store has served is retained for the coalescer's TTL anew.
+    """
+
+    def get(self, key: _Key_contra, default: Any, /) -> Any:  # noqa: ANN401 - whatever is stored
         """Return the value of a key, or the default."""
 
     def __setitem__(self, key: _Key_contra, value: Any, /) -> None:  # noqa: ANN401 - as above

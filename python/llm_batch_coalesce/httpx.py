@@ -125,8 +125,8 @@ class CoalescingTransport(_TransportBase):
         transport: What sends the upstream requests; it is closed with this one. None makes an `HTTPTransport` of the
             library that a request is of, with its default limits, and TCP keep-alive, since there is no read timeout
             upstream. Give one to go through a proxy, or for limits, certificates or retries. Only transports with the
-            same one, or with none given, share with each other.
-        coalescer: Whose flights and TTL the requests share.
+            same one, or with none given, share with each other: make one for all clients that are to share.
+        coalescer: Whose flights and TTL the requests share; one of a fleet is not taken.
         scope: Who shares: with `"credentials"`, requests with equal credentials, as all headers count. Any other string
             is a name that you vouch for, such as a tenant's: requests of one name share though their credentials
             (`CREDENTIAL_HEADERS`) differ. A callable gets the request and returns one or the other.

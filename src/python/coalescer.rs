@@ -179,6 +179,14 @@ impl Coalescer {
             || self.streams_begun().map_or(Ok(false), |streams| streams.contains(hash, key))?)
     }
 
+    /// Return the retained value of a key, or the default. Never calls, never waits, and is no request.
+    ///
+    /// Args:
+    ///     key: Any hashable object.
+    ///     default: What to return if no value is retained: the key is unknown, in flight, or an error is retained.
+    ///
+    /// Raises:
+    ///     TypeError: If the key is unhashable.
     #[pyo3(signature = (key, default = None))]
     fn peek<'py>(
         &self,
@@ -192,6 +200,18 @@ impl Coalescer {
         }
     }
 
+    /// Retain a value as if a call had just returned it.
+    ///
+    /// A flight of the key under way is forgotten: its waiters keep waiting for it, and its outcome is not retained.
+    ///
+    /// Args:
+    ///     key: Any hashable object.
+    ///     value: What later callers get.
+    ///     ttl_seconds: How long it is retained, in seconds; None takes the coalescer's TTL, 0 only forgets the key.
+    ///
+    /// Raises:
+    ///     TypeError: If the key is unhashable, the TTL is no number, or the value is a `Retain`.
+    ///     ValueError: If the TTL is negative or NaN.
     #[pyo3(signature = (key, value, ttl_seconds = None))]
     fn put(
         &self,
@@ -213,20 +233,47 @@ impl Coalescer {
         Ok(())
     }
 
+    /// Drop a key, so that its next caller leads a call of its own.
+    ///
+    /// A retained outcome is dropped. Those who wait for a flight under way keep waiting, and its outcome is not
+    /// retained.
+    ///
+    /// Args:
+    ///     key: Any hashable object.
+    ///
+    /// Returns:
+    ///     Whether the key was retained or in flight.
+    ///
+    /// Raises:
+    ///     TypeError: If the key is unhashable.
     fn forget(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
         let (hash, key) = (key::hash(key)?, key.as_unbound());
         let there = self.map().forget(hash, key)?;
         Ok(self.streams_begun().map_or(Ok(false), |streams| streams.forget(hash, key))? || there)
     }
 
+    /// Wake all who wait for a key's call with a CancelledError, and drop the key.
+    ///
+    /// Threads get `concurrent.futures.CancelledError`, tasks `asyncio.CancelledError`. The caller that runs the call
+    /// still gets its result; a call of a task whose caller has gone is cancelled.
+    ///
+    /// Args:
+    ///     key: Any hashable object.
+    ///
+    /// Returns:
+    ///     Whether the key was in flight. A retained outcome stays.
+    ///
+    /// Raises:
+    ///     TypeError: If the key is unhashable.
     fn cancel(&self, key: &Bound<'_, PyAny>) -> PyResult<bool> {
         let was_in_flight = self.map().cancel(key::hash(key)?, key.as_unbound())?;
         check_interrupt()?;
         Ok(was_in_flight)
     }
 
-    /// Drops all retained outcomes and disowns the flights under way: their callers still get the outcome, but
-    /// the next caller of the key leads a call of its own.
+    /// Drop all retained outcomes and disown the flights under way.
+    ///
+    /// Their callers still get the outcome, but the next caller of the key leads a call of its own.
     fn clear(&self) {
         self.map().clear();
         if let Some(streams) = self.streams_begun() {
@@ -234,6 +281,7 @@ impl Coalescer {
         }
     }
 
+    /// Count from zero. `in_flight` and `retained` are no counts and stay as they are.
     fn reset_stats(&self) {
         self.map().reset_stats();
         if let Some(streams) = self.streams_begun() {
@@ -601,6 +649,9 @@ impl Coalescer {
         value: Bound<'py, PyAny>,
         ttl: Option<Ttl>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        if let Some(seconds) = Retain::took(&value) {
+            lead.flight().took(seconds);
+        }
         let (value, ttl) = Retain::open(value, ttl.unwrap_or(self.made().options.ttl));
         self.note(&value);
         lead.complete(Outcome::Value(value.clone().unbind().into()), ttl.nanos, false);

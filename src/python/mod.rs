@@ -1,5 +1,7 @@
 //! The binding: `llm_batch_coalesce._core`.
 
+#![expect(clippy::doc_markdown, reason = "docs of Python's names are what `help()` shows, as in the stubs")]
+
 mod answer;
 mod coalescer;
 mod errors;
@@ -90,6 +92,17 @@ fn _check_seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
     options::ttl(name, value).map(|ttl| ttl.seconds)
 }
 
+/// The result of a call that was made elsewhere and took `call_seconds`.
+#[pyfunction]
+#[pyo3(signature = (value, ttl_seconds, call_seconds, /))]
+fn _retain_of_call(
+    value: Py<PyAny>,
+    #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: options::Ttl,
+    call_seconds: f32,
+) -> retain::Retain {
+    retain::Retain::of_call(value, ttl_seconds, call_seconds)
+}
+
 #[pymodule(gil_used = false)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
@@ -108,6 +121,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(_advance_clock, module)?)?;
     module.add_function(wrap_pyfunction!(_carry_calls, module)?)?;
     module.add_function(wrap_pyfunction!(_check_seconds, module)?)?;
+    module.add_function(wrap_pyfunction!(_retain_of_call, module)?)?;
 
     key::seed();
     fork::watch();

@@ -7,14 +7,35 @@ use pyo3::types::PyType;
 
 use super::options::{self, Ttl};
 
+/// A call's result that sets its own TTL: return it from `fn`, and callers get the value.
+///
+/// Args:
+///     value: What the callers get.
+///     ttl_seconds: How long it is retained, in seconds; 0 does not retain it, `math.inf` retains it until it is
+///         forgotten.
+///
+/// Raises:
+///     TypeError: If the TTL is no number.
+///     ValueError: If the TTL is negative or NaN.
 #[pyclass(frozen, module = "llm_batch_coalesce")]
 pub(super) struct Retain {
     #[pyo3(get)]
     value: Py<PyAny>,
     ttl: Ttl,
+    /// Of a call that was made elsewhere: how long it took, in seconds.
+    took: Option<f32>,
 }
 
 impl Retain {
+    /// The result of a call that was made elsewhere.
+    pub(super) fn of_call(value: Py<PyAny>, ttl: Ttl, took: f32) -> Self {
+        Self { value, ttl, took: Some(took) }
+    }
+
+    pub(super) fn took(value: &Bound<'_, PyAny>) -> Option<f32> {
+        value.cast_exact::<Self>().ok()?.get().took
+    }
+
     /// A call's value and its TTL.
     #[inline]
     pub(super) fn open(value: Bound<'_, PyAny>, ttl: Ttl) -> (Bound<'_, PyAny>, Ttl) {
@@ -39,7 +60,7 @@ impl Retain {
 impl Retain {
     #[new]
     fn new(value: Py<PyAny>, #[pyo3(from_py_with = options::ttl_seconds)] ttl_seconds: Ttl) -> Self {
-        Self { value, ttl: ttl_seconds }
+        Self { value, ttl: ttl_seconds, took: None }
     }
 
     #[getter]

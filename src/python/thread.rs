@@ -69,7 +69,28 @@ impl ThreadCoalescer {
         })
     }
 
-    /// Returns the outcome of `key`: the one retained, that of the call under way, or that of calling `fn()`.
+    /// Return the outcome of `key`: the one retained, that of the call under way, or that of calling `fn()`.
+    ///
+    /// Args:
+    ///     key: Any hashable object; keys that are equal as in a dict are one.
+    ///     fn: Called without arguments, in this thread, if this caller leads. It may return
+    ///         `Retain(value, ttl_seconds)` to set the TTL by its result.
+    ///     timeout: How long this caller waits for another's call, in seconds; 0 does not wait. It never bounds the
+    ///         call: a caller that leads has no timeout.
+    ///     ttl_seconds: The TTL in seconds of the outcome that this caller leads, instead of the coalescer's.
+    ///
+    /// Returns:
+    ///     What the call returned, the same object for every caller.
+    ///
+    /// Raises:
+    ///     Exception: What the call raised: the original for the leader, a copy for everybody else.
+    ///     TimeoutError: If `timeout` passed. Only for this caller.
+    ///     concurrent.futures.CancelledError: If the key was cancelled.
+    ///     RecursiveCallError: If the call that computes this key asks for it.
+    ///     DeadlockError: If that call waits, in the end, for this caller.
+    ///     CallResultError: If `fn()` returns a coroutine. It is a TypeError.
+    ///     TypeError: If the key is unhashable, `fn` is not callable or a number is none.
+    ///     ValueError: If a number of seconds is negative or NaN.
     #[pyo3(signature = (key, r#fn, *, timeout = None, ttl_seconds = None))]
     fn get_or_call<'py>(
         slf: &Bound<'py, Self>,
@@ -91,7 +112,20 @@ impl ThreadCoalescer {
         }
     }
 
-    /// The same with what is known of the flight.
+    /// Return the same as `get_or_call`, with this caller's role and what is known of the flight.
+    ///
+    /// Args:
+    ///     key: As in `get_or_call`.
+    ///     fn: As in `get_or_call`.
+    ///     timeout: As in `get_or_call`, in seconds.
+    ///     ttl_seconds: As in `get_or_call`, in seconds.
+    ///
+    /// Returns:
+    ///     The value, whether this caller led, waited or was served what is retained, how many waited, and how long
+    ///     the call took in seconds.
+    ///
+    /// Raises:
+    ///     Exception: As in `get_or_call`.
     #[pyo3(signature = (key, r#fn, *, timeout = None, ttl_seconds = None))]
     fn outcome<'py>(
         slf: &Bound<'py, Self>,
@@ -103,7 +137,32 @@ impl ThreadCoalescer {
         ask(slf.as_super(), key, r#fn, timeout, ttl_seconds, true)
     }
 
-    /// Returns the outcomes of many keys; those that are neither retained nor in flight are led in one call.
+    /// Return the outcomes of many keys; those that are neither retained nor in flight are led in one call.
+    ///
+    /// What this caller leads has ended before it waits for others, so callers whose keys overlap never wait for each
+    /// other in a circle. Where a call of others ends in a way that is not shared, `fn` is called with that key alone.
+    ///
+    /// Args:
+    ///     keys: Any hashable objects; duplicates do no harm.
+    ///     fn: Called in this thread with the list of the keys that this caller leads, in their order; returns a
+    ///         mapping, or a sequence in the order of that list. Values may be `Retain(value, ttl_seconds)`.
+    ///     timeout: How long this caller waits for others' calls in all, in seconds; 0 does not wait.
+    ///     ttl_seconds: The TTL in seconds of the outcomes that this caller leads, instead of the coalescer's.
+    ///
+    /// Returns:
+    ///     The value of each key, in the order of `keys`.
+    ///
+    /// Raises:
+    ///     MissingKeysError: If a call gave no value for some of these keys. Its `values` has those of the others. It
+    ///         is not retained.
+    ///     Exception: What a call raised; the first one in the order of `keys` that is no `MissingKeysError`.
+    ///     TimeoutError: If `timeout` passed. Only for this caller.
+    ///     concurrent.futures.CancelledError: If one of the keys was cancelled.
+    ///     RecursiveCallError: If the call that computes one of the keys asks for it.
+    ///     DeadlockError: If a call waits, in the end, for this caller.
+    ///     CallResultError: If `fn` returns something else. It is a TypeError.
+    ///     TypeError: If a key is unhashable, `fn` is not callable or a number is none.
+    ///     ValueError: If a number of seconds is negative or NaN.
     #[pyo3(signature = (keys, r#fn, *, timeout = None, ttl_seconds = None))]
     fn get_or_call_many<'py>(
         slf: &Bound<'py, Self>,
@@ -115,7 +174,40 @@ impl ThreadCoalescer {
         many::get_or_call_many(slf.as_super(), keys, r#fn, timeout, ttl_seconds)
     }
 
-    /// Iterates over the items that `fn()` yields, shared among all who ask for the key.
+    /// Iterate over the items of one upstream that all readers of the key share.
+    ///
+    /// Every reader gets every item in order from the first, also one that joins late or while the stream is retained;
+    /// it joins when it asks for its first item. Whichever reader is at the front pulls the next item for all, and the
+    /// others wait; no slow reader holds up another. When the last reader has left (by `close()`, by leaving its `with`
+    /// block, or by dropping the iterator), upstream is closed. Streams have keys of their own beside those of
+    /// `get_or_call`.
+    ///
+    /// Args:
+    ///     key: Any hashable object.
+    ///     fn: Called without arguments by the one reader that leads; returns an iterator, a generator or another
+    ///         iterable.
+    ///     ttl_seconds: How long the whole stream is retained after its end, in seconds, instead of the coalescer's
+    ///         TTL.
+    ///     max_buffered: How many items the log holds at most; None sets no limit. Beyond it nobody joins any more
+    ///         (later readers lead a stream of their own), what all readers have passed is dropped, and a reader that
+    ///         is farther behind gets `StreamLagError`. The leader's number counts.
+    ///
+    /// Returns:
+    ///     An iterator over the items, the same objects for every reader. It is for one thread at a time, and has the
+    ///     `close()` of a generator.
+    ///
+    /// Raises:
+    ///     Exception: What upstream raised, after the items that came before: the original for the reader that pulled,
+    ///         a copy for everybody else.
+    ///     StreamLagError: If this reader is too far behind. Only for this reader.
+    ///     SharedCallError: If the stream ended, after its first item, in a way that is not shared: with a private
+    ///         error, or in a thread that was interrupted. Readers without an item start over.
+    ///     RecursiveCallError: If the call that yields this stream reads it.
+    ///     DeadlockError: If that call waits, in the end, for this reader.
+    ///     CallResultError: If `fn()` returns no iterable. It is a TypeError.
+    ///     TypeError: If the key is unhashable, `fn` is not callable or a number is none.
+    ///     ValueError: If a number of seconds is negative or NaN, or `max_buffered` below 1; if two threads are in one
+    ///         iterator at once.
     #[pyo3(signature = (key, r#fn, *, ttl_seconds = None, max_buffered = MAX_BUFFERED))]
     #[pyo3(text_signature = "($self, key, fn, *, ttl_seconds=None, max_buffered=65536)")]
     fn stream(

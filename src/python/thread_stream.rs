@@ -15,7 +15,7 @@ use super::reader::StreamReader;
 use super::streams::Asked;
 use crate::stream::Turn;
 
-/// Iterates over a shared stream, which it joins with its first item.
+/// Iterates over a shared stream.
 #[pyclass(frozen, weakref, module = "llm_batch_coalesce._core")]
 pub(super) struct ThreadStream {
     coalescer: Py<Coalescer>,
@@ -132,7 +132,7 @@ impl ThreadStream {
         }
     }
 
-    /// Leaves the stream; the last reader to go closes it.
+    /// Leave the stream; the last reader to go closes upstream, whose errors are raised here.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let state = self.enter()?;
         self.put_back(State::Over);

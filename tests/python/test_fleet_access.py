@@ -107,8 +107,9 @@ def test_a_server_that_is_too_old(members, kind, info, says):
         server.shutdown()
 
 
+@pytest.mark.parametrize("mode", ["call", "raise"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_read_only_replica_is_told_at_the_first_contact_and_is_trouble_later(lone, members, kind):
+def test_a_read_only_replica_is_told_at_the_first_contact_and_is_trouble_later(lone, members, kind, mode):
     other = ServerProcess().start()
     try:
         first, second = members(kind, lone.address), members(kind, lone.address)
@@ -117,7 +118,7 @@ def test_a_read_only_replica_is_told_at_the_first_contact_and_is_trouble_later(l
             client.replicaof(HOST, other.port)
             assert first.get("alone", 1) == 1
             assert first.coalescer.stats().backend_errors == 1
-            asked = members(kind, lone.address).ask("k", value=1)
+            asked = members(kind, lone.address, on_backend_error=mode).ask("k", value=1)
             with pytest.raises(BackendError, match="read-only replica"):
                 asked.result()
             assert asked.calls == 0

@@ -231,3 +231,14 @@ def test_callers_that_are_cancelled_at_any_time_leave_nothing_behind(fleet):
     assert [other.get(number, number) for number in range(40)] == list(range(40))
     led.release()
     assert led.result() == "value"
+
+
+def test_a_call_whose_callers_have_left_may_finish_for_the_fleet(fleet):
+    leader, member = fleet.member("tasks", on_abandoned="finish"), fleet.member()
+    led = leader.ask("k", value="value", hold=True).wait_for_call()
+    waits = member.ask("k", value="its own")
+    fleet.wait_for_waiting(1)
+    leader.loop.do(led.tasks[0].cancel)
+    assert isinstance(led.results()[0], asyncio.CancelledError)
+    led.release()
+    assert (waits.result(), waits.calls) == ("value", 0)

@@ -1,6 +1,7 @@
 """What travels in a fleet: values, errors, and how long both are retained, here and on the server."""
 
 import collections
+import enum
 import math
 import os
 import pickle
@@ -39,6 +40,7 @@ VALUES = [
     -0.0,
     1.5e300,
     "é \ud83d 🙂 \x00",
+    "\ud83d\ude42",
     "x" * 100_000,
     [1, [2.0, []]],
     {"a": {"": None}, "é": [False]},
@@ -66,6 +68,10 @@ REFUSED = [
     ({1}, "set"),
     (b"bytes", "bytes"),
     (collections.namedtuple("Pair", "a b")(1, 2), "Pair"),  # noqa: PYI024 - any will do
+    (collections.Counter("aab"), "Counter"),
+    ([enum.StrEnum("Role", "USER")("user")], "list"),
+    (enum.IntEnum("Level", "LOW")(1), "Level"),
+    (10**5000, "int"),
     (Retain, "type"),
 ]
 

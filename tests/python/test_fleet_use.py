@@ -5,6 +5,7 @@ from fleets import KEPT, KINDS
 from loops import wait_until
 
 from llm_batch_coalesce import Outcome, RecursiveCallError
+from llm_batch_coalesce.httpx import AsyncCoalescingTransport, CoalescingTransport
 from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer, FleetStats
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -22,10 +23,13 @@ def test_roles_are_those_in_the_fleet(fleet, kind):
     assert sorted(outcome.role for outcome in led.results()) == ["leader", "waiter", "waiter"]
     assert [outcome.role for outcome in waits.results()] == ["waiter"] * 3
     assert late.ask("k", how="outcome").result().role == "hit"
+    took = led.results()[0].duration_seconds
+    assert all(abs(outcome.duration_seconds - took) < 1e-4 for outcome in waits.results())
     for member in [leader, waiter, late]:
         outcome = member.ask("k", how="outcome").result()
         assert type(outcome) is Outcome
         assert (outcome.value, outcome.role) == ("v", "hit")
+        assert abs(outcome.duration_seconds - took) < 1e-4
     stats = [member.do("stats") for member in [leader, waiter, late]]
     assert [type(each) for each in stats] == [FleetStats] * 3
     counted = ["calls", "joined", "hits", "errors", "timeouts", "fleet_joined", "fleet_hits", "retained", "in_flight"]
@@ -284,3 +288,13 @@ def test_a_call_may_ask_for_other_keys(fleet, kind):
         member.do("get_or_call", "k", recursive)
     # Of no concern to others.
     assert other.get("k", "value") == "value"
+
+
+@both_kinds
+def test_what_a_fleet_cannot_do_is_not_there(fleet, kind):
+    coalescer = fleet.member(kind).coalescer
+    absent = ["as_async", "as_sync", "stream", "get_or_call_many", "warm", "put", "cancel", "clear"]
+    assert [name for name in absent if hasattr(coalescer, name)] == []
+    for transport in [CoalescingTransport, AsyncCoalescingTransport]:
+        with pytest.raises(TypeError, match=r"coalescer must be an? (Async)?BatchCoalescer, not <"):
+            transport(coalescer=coalescer)

@@ -1,8 +1,10 @@
 """What the package shows: its names, signatures, types and docs."""
 
+import ast
 import doctest
 import importlib.metadata
 import inspect
+import operator
 import os
 import re
 import subprocess
@@ -32,6 +34,26 @@ def test_all_names_exactly_the_public_names():
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert set(llm_batch_coalesce.__all__) == public | {"__version__"}
+
+
+def documented():
+    """The docs of compiled names as editors show them."""
+    core = ast.parse(Path(_core.__file__).with_name("_core.pyi").read_text())
+    for node in core.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            yield from (
+                (f"{node.name}.{member.name}", member) for member in node.body if isinstance(member, ast.FunctionDef)
+            )
+
+
+def test_help_shows_what_editors_show():
+    texts = {name: ast.get_docstring(node) for name, node in documented() if ast.get_docstring(node)}
+    of_tasks = ("Signal", "StreamReader", "StreamSource", "Ticket", "Token")  # for the package alone
+    shown = {name: text for name, text in texts.items() if name.split(".")[0] not in of_tasks}
+    assert len(shown) > 15
+    for name, text in shown.items():
+        assert operator.attrgetter(name)(_core).__doc__ == text, name
 
 
 def test_the_version_is_that_of_the_distribution():

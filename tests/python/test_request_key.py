@@ -167,6 +167,29 @@ def test_what_is_not_json_is_refused_with_its_place(value, place):
         key({"x": value})
 
 
+def test_numbers_and_nesting_without_end_are_refused():
+    with pytest.raises(TypeError, match=r"^x\[0\] cannot be part of a request as JSON: .*digits"):
+        key({"x": [10**5000]})
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(TypeError, match="nested too deeply"):
+        key({"x": deep})
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_secrets_of_models_are_refused_since_they_all_look_the_same(inside):
+    class Provider(pydantic.BaseModel):
+        token: pydantic.SecretStr
+
+    class Request(pydantic.BaseModel):
+        providers: list[Provider]
+
+    request = Request(providers=[Provider(token="one")])
+    with pytest.raises(TypeError, match=r"^(r\.)?providers\[0\]\.token cannot be part of a request: secrets"):
+        key({"r": request} if inside else request)
+
+
 def test_a_request_that_contains_itself_is_refused():
     request = {"x": []}
     request["x"].append(request["x"])
