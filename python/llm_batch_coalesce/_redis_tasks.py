@@ -34,6 +34,7 @@ from llm_batch_coalesce._redis_common import (
     Subscription,
     check_server,
     described,
+    packed,
     second_answer,
     sha_of,
     told,
@@ -201,7 +202,7 @@ class Server:
                 # To write to it may have the loop take the next connection, of the same number, for one that it watches
                 # already: https://github.com/python/cpython/issues/136234, mended in 3.13.10 and 3.14.1.
                 await connection.disconnect(nowait=True)
-            await connection.send_command(*words, check_health=False)
+            await connection.send_packed_command([packed(words)], check_health=False)
             return await self._client.parse_response(connection, words[0])
         finally:
             await pool.release(connection)
@@ -226,8 +227,9 @@ class Server:
             self._check = asyncio.create_task(self._check_server())
             self._check.add_done_callback(lambda check: check.cancelled() or check.exception())
         check = self._check
-        # Not by `shield`: when it is cancelled by `close`, these callers are not.
-        await asyncio.wait([check])
+        if not check.done():
+            # Not by `shield`: when it is cancelled by `close`, these callers are not.
+            await asyncio.wait([check])
         if check.cancelled():
             raise BackendTroubleError("the coalescer was closed meanwhile")
         check.result()
