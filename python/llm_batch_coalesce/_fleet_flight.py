@@ -75,6 +75,13 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """A claim was not answered, and may have got the lead: it is to be given up when the server answers again."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """The right to complete a flight."""
 
@@ -83,7 +90,7 @@ class Lease:
     flight: str
 
 
-Step = Ask | Await | Call
+Step = Ask | Await | Call | Doubt
 
 
 class BackendTroubleError(Exception):
@@ -94,15 +101,14 @@ def flight(
     fleet: Fleet,
     key: FleetKey,
     ttl_seconds: float | None,
-    timeout: float | None,
+    until: float | None,
     note_role: Callable[[str], None],
 ) -> Generator[Step, Any, Any]:
     """Get the value of a key, as the result of a local call: a `Retain` with what is left of its TTL, or an error.
 
-    Whether this process waited for it or found it on the server is noted.
+    Whether this process waited for it or found it on the server is noted. Nobody is waited for after `until`.
     """
     digest = key.digest
-    until = None if timeout is None else time.monotonic() + timeout
     damaged: list[bytes] = []
     awaited: str | None = None
     while True:
@@ -112,6 +118,7 @@ def flight(
         try:
             claimed = _read_claim((yield _claim(fleet, lease, awaited, damaged)))
         except BackendTroubleError as trouble:
+            yield Doubt(lease)
             return (yield from _alone(fleet, trouble))
         except _INTERRUPTS:
             # It may have the lead, or be registered, for all that is known.
@@ -130,7 +137,7 @@ def flight(
             left = claimed.seconds - (time.monotonic() - asked_at)
         else:
             awaited = claimed.flight
-            message = yield from _wait(fleet, lease, claimed, until, timeout)
+            message = yield from _wait(fleet, lease, claimed, until)
             landed = _unpacked(fleet, message.payload) if message is not None and message.payload else None
             if message is None or landed is None:
                 continue
@@ -174,9 +181,7 @@ def _read_claim(answer: Any) -> Claimed:  # noqa: ANN401 - whatever the server s
     return claimed
 
 
-def _wait(
-    fleet: Fleet, lease: Lease, claimed: Claimed, until: float | None, timeout: float | None
-) -> Generator[Step, Any, Message | None]:
+def _wait(fleet: Fleet, lease: Lease, claimed: Claimed, until: float | None) -> Generator[Step, Any, Message | None]:
     """Wait for what is said of a flight. None if there is another reason to claim again."""
     end = time.monotonic() + max(0.001, claimed.seconds)
     if until is not None:
@@ -184,12 +189,12 @@ def _wait(
     try:
         message = yield from _message(claimed.flight, end)
     except _INTERRUPTS:
-        yield from _tell(fleet, _release(fleet, lease, fleet.inbox))
+        yield from _tell(fleet, _release(fleet, lease, fleet.inbox, claimed.flight))
         raise
     if message is None and until is not None and time.monotonic() >= until:
         fleet.count("timeouts")
-        yield from _tell(fleet, _release(fleet, lease, fleet.inbox))
-        raise WaitTimeoutError(f"the call of another process was not done within {timeout} seconds")
+        yield from _tell(fleet, _release(fleet, lease, fleet.inbox, claimed.flight))
+        raise WaitTimeoutError
     return message
 
 
@@ -287,9 +292,14 @@ def _complete(fleet: Fleet, lease: Lease, payload: bytes, ttl_seconds: float) ->
     return answer in (None, 1)
 
 
-def _release(fleet: Fleet, lease: Lease, inbox: str = "") -> Ask:
-    """Give up the lead, and the wait of an inbox."""
-    return Ask(scripts.RELEASE, _flights(fleet, lease), [lease.token, fleet.lease_ms, lease.digest, inbox])
+def _release(fleet: Fleet, lease: Lease, inbox: str = "", awaited: str = "") -> Ask:
+    """Give up the lead, and the wait of an inbox, for a flight of that name only if one is given."""
+    return Ask(scripts.RELEASE, _flights(fleet, lease), [lease.token, fleet.lease_ms, lease.digest, inbox, awaited])
+
+
+def settlement(fleet: Fleet, doubt: Doubt, *, waits: bool) -> Ask:
+    """Give up what a claim may have got; not the wait if others of this process wait, too."""
+    return _release(fleet, doubt.lease, "" if waits else fleet.inbox)
 
 
 def renewal(fleet: Fleet, lease: Lease) -> Ask:

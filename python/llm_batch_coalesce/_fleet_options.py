@@ -128,16 +128,16 @@ class Fleet:
         self.backend_timeout = _finite("backend_timeout_seconds", backend_timeout_seconds)
         if self.backend_timeout == 0:
             raise ValueError("backend_timeout_seconds must be more than 0 seconds, not 0")
-        self._counts = dict.fromkeys((*_REPORTED, "remote_errors", "timeouts"), 0)
-        self._lock = threading.Lock()
         self._logged_at = -math.inf
-        # By id; the errors are held, so that no other gets the id.
-        self._ttls: dict[int, tuple[BaseException, float]] = {}
         self.begin_process()
 
     def begin_process(self) -> None:
         """Take a name of this process's own; called again in the child of a fork."""
+        self._process = os.getpid()
         self._lock = threading.Lock()
+        self._counts = dict.fromkeys((*_REPORTED, "remote_errors", "timeouts"), 0)
+        # By id; the errors are held, so that no other gets the id.
+        self._ttls: dict[int, tuple[BaseException, float]] = {}
         self.leader = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.inbox = self.names.inbox(secrets.token_hex(8))
 
@@ -148,12 +148,16 @@ class Fleet:
 
     def stats(self, local: Stats) -> FleetStats:
         """Return the counters, with those of the process's own map."""
+        if self._process != os.getpid():
+            self.begin_process()
         with self._lock:
             counts = dict(self._counts)
         fields = {name: getattr(local, name) for name in Stats.__dataclass_fields__}
         # The process's own map takes what came from elsewhere for calls.
-        fields["calls"] -= counts["fleet_hits"] + counts["fleet_joined"] + counts["timeouts"]
-        fields["errors"] -= counts["remote_errors"] + counts["timeouts"]
+        elsewhere = counts["fleet_hits"] + counts["fleet_joined"] + counts["timeouts"]
+        # Some may have been under way at a `reset_stats`.
+        fields["calls"] = max(0, fields["calls"] - elsewhere)
+        fields["errors"] = max(0, fields["errors"] - counts["remote_errors"] - counts["timeouts"])
         fields["hits"] += counts["fleet_hits"]
         fields["joined"] += counts["fleet_joined"]
         fields["timeouts"] += counts["timeouts"]

@@ -132,9 +132,10 @@ return forgotten and 2 or 1
 """
 )
 
-# KEYS: flight, forgotten flight. ARGV: token, lease in ms, digest, inbox that no longer waits or "". Gives up the lead,
-# if the token has it, and the wait. If nobody leads then, one of those that wait may. A node of a cluster does not know
-# who listens on others, so more than one may be told there; the first that claims leads.
+# KEYS: flight, forgotten flight. ARGV: token, lease in ms, digest, inbox that no longer waits or "", name of the flight
+# that it waited for or "" if that is not known. Gives up the lead, if the token has it, and the wait. If nobody leads
+# then, one of those that wait may. A node of a cluster does not know who listens on others, so more than one may be
+# told there; the first that claims leads.
 RELEASE = (
     _HELD
     + """
@@ -144,7 +145,7 @@ if flight then
 else
   flight = KEYS[1]
 end
-if ARGV[4] ~= '' then
+if ARGV[4] ~= '' and (ARGV[5] == '' or redis.pcall('HGET', KEYS[1], 'name') == ARGV[5]) then
   redis.pcall('HDEL', KEYS[1], 'inbox:' .. ARGV[4])
 end
 local fields = redis.pcall('HMGET', flight, 'token', 'name')

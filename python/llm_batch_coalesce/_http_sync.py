@@ -218,6 +218,7 @@ def share(coalescer: BatchCoalescer, key: Any, inner: InnerTransport, request: A
     while True:
         # From before others can wait for it.
         inner.begin()
+        reader = None
         try:
             reader = coalescer._open(key, None, None, True)  # noqa: SLF001, FBT003 - it is the package's
             place = make_place(ThreadPlace, reader, request, library)
@@ -225,6 +226,10 @@ def share(coalescer: BatchCoalescer, key: Any, inner: InnerTransport, request: A
                 # Patience with a request that it sends itself begins anew.
                 began, until = time.monotonic(), None
                 _lead(reader.source(), place, inner, request, library)
+        except BaseException:
+            if reader is not None:
+                reader.leave()
+            raise
         finally:
             inner.end()
         try:

@@ -15,7 +15,7 @@ from llm_batch_coalesce._core import Retain
 from llm_batch_coalesce._fleet_flight import BackendTroubleError, WaitTimeoutError
 from llm_batch_coalesce._fleet_options import OnBackendError
 from llm_batch_coalesce._fleet_wire import Serializer
-from llm_batch_coalesce._redis_member import Made, Member, timeout_error
+from llm_batch_coalesce._redis_member import Made, Member
 from llm_batch_coalesce._reports import Outcome
 from llm_batch_coalesce._shown import shown
 
@@ -153,8 +153,8 @@ class AsyncDistributedBatchCoalescer(Member):
         call = _AsyncMade(self, fleet_key, fn, timeout, ttl_seconds)
         try:
             return await self._local.get_or_call(fleet_key, call, timeout=timeout, ttl_seconds=ttl_seconds)
-        except WaitTimeoutError as error:
-            raise timeout_error(error) from None
+        except WaitTimeoutError:
+            raise call.timeout_error() from None
 
     @overload
     async def outcome(
@@ -200,8 +200,8 @@ class AsyncDistributedBatchCoalescer(Member):
         call = _AsyncMade(self, fleet_key, fn, timeout, ttl_seconds)
         try:
             outcome = await self._local.outcome(fleet_key, call, timeout=timeout, ttl_seconds=ttl_seconds)
-        except WaitTimeoutError as error:
-            raise timeout_error(error) from None
+        except WaitTimeoutError:
+            raise call.timeout_error() from None
         return call.in_fleet(outcome)
 
     async def peek(self, key: Hashable, default: Any = None) -> Any:  # noqa: ANN401 - whatever was retained

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -184,22 +185,24 @@ class Made:
             raise ValueError("ttl_seconds must be finite, since everything on the server has a lifetime, not inf")
         self._member, self._key, self._fn = member, key, fn
         self._timeout, self._ttl_seconds = timeout, ttl_seconds
+        self._began = time.monotonic()
         self._role: Any = None
 
     def _steps(self) -> Generator[Step, Any, Any]:
         fleet = self._member._fleet  # noqa: SLF001 - this is a part of it
-        return flight(fleet, self._key, self._ttl_seconds, self._timeout, self._note)
+        # Others of this process may have been waited for first.
+        until = None if self._timeout is None else self._began + self._timeout
+        return flight(fleet, self._key, self._ttl_seconds, until, self._note)
 
     def _note(self, role: str) -> None:
         self._role = role
+
+    def timeout_error(self) -> TimeoutError:
+        """Make what a caller gets of a `WaitTimeoutError`, which the process's own map has to tell from others."""
+        return TimeoutError(f"the call of another process was not done within {self._timeout} seconds")
 
     def in_fleet(self, outcome: Outcome[T]) -> Outcome[T]:
         """Give an outcome the caller's role in the fleet: who leads in this process may have waited for another."""
         if self._role is None or outcome.role != "leader":
             return outcome
         return dataclasses.replace(outcome, role=self._role)
-
-
-def timeout_error(error: WaitTimeoutError) -> TimeoutError:
-    """Make what a caller gets of it. The process's own map has to tell it from a `TimeoutError` of the callable."""
-    return TimeoutError(*error.args)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import contextlib
 import os
 import threading
 import weakref
@@ -16,7 +18,7 @@ from llm_batch_coalesce._errors import CallResultError
 from llm_batch_coalesce._fleet_flight import BackendTroubleError, WaitTimeoutError
 from llm_batch_coalesce._fleet_options import OnBackendError
 from llm_batch_coalesce._fleet_wire import Serializer
-from llm_batch_coalesce._redis_member import Made, Member, timeout_error
+from llm_batch_coalesce._redis_member import Made, Member
 from llm_batch_coalesce._reports import Outcome
 from llm_batch_coalesce._shown import shown
 from llm_batch_coalesce._sync import BatchCoalescer
@@ -118,7 +120,7 @@ class DistributedBatchCoalescer(Member):
                     self._process = process
                     self._fleet.begin_process()
                 connections.server = _redis_threads.Server(self._client, self._fleet, self._forgetter())
-                weakref.finalize(self, connections.server.stop).atexit = False
+                weakref.finalize(self, _stop_elsewhere, connections.server).atexit = False
             return connections.server
 
     @overload
@@ -181,8 +183,8 @@ class DistributedBatchCoalescer(Member):
         call = _Made(self, fleet_key, fn, timeout, ttl_seconds)
         try:
             return self._local.get_or_call(fleet_key, call, timeout=timeout, ttl_seconds=ttl_seconds)  # type: ignore[no-any-return]
-        except WaitTimeoutError as error:
-            raise timeout_error(error) from None
+        except WaitTimeoutError:
+            raise call.timeout_error() from None
 
     @overload
     def outcome(
@@ -228,8 +230,8 @@ class DistributedBatchCoalescer(Member):
         call = _Made(self, fleet_key, fn, timeout, ttl_seconds)
         try:
             outcome = self._local.outcome(fleet_key, call, timeout=timeout, ttl_seconds=ttl_seconds)
-        except WaitTimeoutError as error:
-            raise timeout_error(error) from None
+        except WaitTimeoutError:
+            raise call.timeout_error() from None
         return call.in_fleet(outcome)
 
     def peek(self, key: Hashable, default: Any = None) -> Any:  # noqa: ANN401 - whatever was retained
@@ -278,7 +280,11 @@ class DistributedBatchCoalescer(Member):
             return there
 
     def close(self) -> None:
-        """End the coalescer's threads and connections; the client stays open. It cannot be used after that."""
+        """End the coalescer's threads and connections; the client stays open. It cannot be used after that.
+
+        A call under way still shares its outcome, but its lease is no longer renewed: if it takes longer than that,
+        another process makes a call of its own.
+        """
         self._closed = True
         connections = self._connections.pop(os.getpid(), None)
         if connections is not None:
@@ -295,6 +301,12 @@ class DistributedBatchCoalescer(Member):
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
+
+
+def _stop_elsewhere(server: _redis_threads.Server) -> None:
+    # A collection may come anywhere, also where the server's own threads hold the locks that this needs.
+    with contextlib.suppress(RuntimeError):
+        _thread.start_new_thread(server.stop, ())
 
 
 class _Made(Made):

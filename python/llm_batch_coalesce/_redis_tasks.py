@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
@@ -20,10 +21,12 @@ from llm_batch_coalesce._fleet_flight import (
     Await,
     BackendTroubleError,
     Call,
+    Doubt,
     Lease,
     Message,
     parse_message,
     renewal,
+    settlement,
 )
 from llm_batch_coalesce._redis_clients import other_primary, own_async_client, own_async_client_of_node
 from llm_batch_coalesce._redis_common import (
@@ -69,6 +72,8 @@ class Server:
         self._forget = forget
         self._boxes: dict[str, list[asyncio.Queue[Message | None]]] = {}
         self._leases: dict[str, Lease] = {}
+        # Until when they matter.
+        self._doubts: dict[Doubt, float] = {}
         self._lead = asyncio.Event()
         self._turns = asyncio.Semaphore(most_commands(self._client, shared=not self._is_own))
         self._closed = self._met = False
@@ -119,13 +124,15 @@ class Server:
                 return None
             case Call(lease) if lease.token:
                 self._leases[lease.token] = lease
-                self._lead.set()
-                if self._renewer is None:
-                    self._renewer = asyncio.create_task(self._renew(), name="coalesce-leases")
+                self._renew_from_now()
                 try:
                     return await checked(fn())
                 finally:
                     del self._leases[lease.token]
+            case Doubt():
+                self._doubts[step] = time.monotonic() + self._fleet.lease_seconds
+                self._renew_from_now()
+                return None
             case _:
                 return await checked(fn())
 
@@ -356,15 +363,31 @@ class Server:
 
     # The leases.
 
+    def _renew_from_now(self) -> None:
+        self._lead.set()
+        if self._renewer is None and not self._closed:
+            self._renewer = asyncio.create_task(self._renew(), name="coalesce-leases")
+
     async def _renew(self) -> None:
         slow: set[str] = set()
         while not self._is_over():
             await self._lead.wait()
             await asyncio.sleep(self._fleet.lease_seconds / 3)
+            self._lead.clear()
             leases = list(self._leases.values())
-            if not leases:
-                self._lead.clear()
             slow = await self._renew_all(leases, slow)
+            await self._settle()
+            if leases or self._doubts:
+                self._lead.set()
+
+    async def _settle(self) -> None:
+        for doubt, until in self._doubts.copy().items():
+            if time.monotonic() < until:
+                try:
+                    await self.ask(settlement(self._fleet, doubt, waits=doubt.lease.digest in self._boxes))
+                except (BackendError, BackendTroubleError):
+                    return
+            self._doubts.pop(doubt, None)
 
     async def _renew_all(self, leases: list[Lease], slow: set[str]) -> set[str]:
         """Renew leases, last those of nodes that were slow the last time; return which nodes are slow now."""

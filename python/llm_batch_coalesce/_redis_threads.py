@@ -8,8 +8,10 @@ them.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -22,10 +24,12 @@ from llm_batch_coalesce._fleet_flight import (
     Await,
     BackendTroubleError,
     Call,
+    Doubt,
     Lease,
     Message,
     parse_message,
     renewal,
+    settlement,
 )
 from llm_batch_coalesce._redis_bounded import Bounded
 from llm_batch_coalesce._redis_clients import other_primary, own_client
@@ -75,6 +79,11 @@ class Boxes:
             if not boxes:
                 del self._boxes[digest]
 
+    def has(self, digest: str) -> bool:
+        """Tell whether anybody waits."""
+        with self._lock:
+            return digest in self._boxes
+
     def put(self, digest: str, message: Message) -> None:
         """Hand a message to all who wait."""
         with self._lock:
@@ -117,7 +126,10 @@ class Server:
         self._boxes = Boxes()
         self._lock = threading.Lock()
         self._leases: dict[str, Lease] = {}
+        # Until when they matter.
+        self._doubts: dict[Doubt, float] = {}
         self._lead = threading.Event()
+        self._process = os.getpid()
         self._closed = threading.Event()
         self._checked = self._met = False
         self._inbox: threading.Thread | None = None
@@ -149,7 +161,12 @@ class Server:
                 except BaseException as raised:  # noqa: BLE001 - it goes into the flight
                     error = raised
         finally:
-            self._boxes.close(digest, box)
+            if not self._is_forked():
+                self._boxes.close(digest, box)
+
+    def _is_forked(self) -> bool:
+        """Tell whether this is a child in which a call goes on: what is here is the parent's, locks and connections."""
+        return os.getpid() != self._process
 
     def _do(self, step: Step, box: Any, fn: Callable[[], Any]) -> Any:  # noqa: ANN401 - as above
         match step:
@@ -162,16 +179,25 @@ class Server:
                     return None
             case Call(lease) if lease.token:
                 try:
-                    self._renew_from_now(lease)
+                    self._leases[lease.token] = lease
+                    self._renew_from_now()
                     return fn()
                 finally:
-                    # Also if the thread could not be started, or whoever leads was interrupted.
+                    # Also if whoever leads was interrupted.
                     self._leases.pop(lease.token, None)
+                    if self._is_forked():
+                        self._fleet.begin_process()
+            case Doubt():
+                self._doubts[step] = time.monotonic() + self._fleet.lease_seconds
+                self._renew_from_now()
+                return None
             case _:
                 return fn()
 
     def ask(self, step: Ask) -> Any:  # noqa: ANN401 - what the script returns
         """Run a script; the first one opens the connections."""
+        if self._is_forked():
+            raise RuntimeError("the call was forked, and its outcome is for its own caller")
         try:
             if step.script is scripts.CLAIM:
                 # Who may have to wait needs the inbox. What is said of calls under way is said after `close`, too.
@@ -267,7 +293,10 @@ class Server:
     @staticmethod
     def _started(name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads
+            raise BackendTroubleError(described(error)) from error
         return thread
 
     # The subscriber.
@@ -342,10 +371,10 @@ class Server:
 
     # The leases.
 
-    def _renew_from_now(self, lease: Lease) -> None:
-        self._leases[lease.token] = lease
+    def _renew_from_now(self) -> None:
         if self._renewer is None:
-            with self._lock:
+            # If that is not possible, the call is made all the same, and the lease runs out.
+            with self._lock, contextlib.suppress(BackendTroubleError):
                 if self._renewer is None:
                     self._renewer = self._started("coalesce-leases", self._renew)
         self._lead.set()
@@ -358,9 +387,19 @@ class Server:
                 return
             self._lead.clear()
             leases = list(self._leases.copy().values())
-            if leases:
-                self._lead.set()
             slow = self._renew_all(leases, slow)
+            self._settle()
+            if leases or self._doubts:
+                self._lead.set()
+
+    def _settle(self) -> None:
+        for doubt, until in self._doubts.copy().items():
+            if time.monotonic() < until:
+                try:
+                    self.ask(settlement(self._fleet, doubt, waits=self._boxes.has(doubt.lease.digest)))
+                except (BackendError, BackendTroubleError):
+                    return
+            self._doubts.pop(doubt, None)
 
     def _renew_all(self, leases: list[Lease], slow: set[str]) -> set[str]:
         """Renew leases, last those of nodes that were slow the last time; return which nodes are slow now."""

@@ -61,6 +61,8 @@ class BatchCoalescer(ThreadCoalescer, Face):
     ) -> dict[K, Exception]:
         """Fill keys ahead of their callers, through ordinary flights: callers that come meanwhile join them.
 
+        If it is interrupted, or `progress` fails, it begins no more calls and waits for those under way.
+
         Args:
             items: For each key the callable that a leader would run; as `fn` in `get_or_call`.
             concurrency: How many calls run at once, each in a thread of a pool.

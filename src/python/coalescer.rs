@@ -19,6 +19,7 @@ use super::reader::StreamReader;
 use super::retain::Retain;
 use super::streams::{Asked, Streams};
 use super::task::Ticket;
+use super::thread::ThreadCoalescer;
 use super::{ffi, held, key, overview};
 use crate::circle::{Nested, Target};
 use crate::clock::FOREVER;
@@ -467,7 +468,9 @@ impl Coalescer {
         #[pyo3(from_py_with = options::max_buffered)] max_buffered: usize,
         pumped: bool,
     ) -> PyResult<StreamReader> {
-        StreamReader::open(slf, key, Asked { ttl: ttl_seconds, max_buffered, pumped })
+        // Threads have threads pump, whatever loop runs where they ask.
+        let pumped_here = pumped && !slf.is_instance_of::<ThreadCoalescer>();
+        StreamReader::open(slf, key, Asked { ttl: ttl_seconds, max_buffered, pumped_here })
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -197,8 +197,8 @@ pub(super) struct Opened {
 pub(super) struct Asked {
     pub(super) ttl: Option<Ttl>,
     pub(super) max_buffered: usize,
-    /// Whether a task or thread of its own appends the items, and readers never pull.
-    pub(super) pumped: bool,
+    /// Whether a task of the running loop appends the items, so that they end with that.
+    pub(super) pumped_here: bool,
 }
 
 /// Joins a key's stream, or claims a new one.
@@ -271,7 +271,7 @@ pub(super) fn open(
                     read_elsewhere: AtomicBool::new(false),
                 });
                 coalescer.note(key);
-                let loop_id = if asked.pumped { here } else { NO_LOOP };
+                let loop_id = if asked.pumped_here { here } else { NO_LOOP };
                 let origin = Origin { loop_id, thread: ffi::thread_number() };
                 let call = Some(Arc::clone(&stream));
                 if let Some(lead) = map.claim_for(hash, key.clone().unbind(), origin, call)? {

@@ -219,7 +219,7 @@ impl ThreadCoalescer {
     ) -> PyResult<ThreadStream> {
         key::hash(key)?;
         options::callable("fn", r#fn)?;
-        let asked = StreamAsked { ttl: ttl_seconds, max_buffered, pumped: false };
+        let asked = StreamAsked { ttl: ttl_seconds, max_buffered, pumped_here: false };
         Ok(ThreadStream::new(slf.as_super(), key, r#fn, asked))
     }
 }

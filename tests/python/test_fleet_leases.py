@@ -242,3 +242,42 @@ def test_a_call_whose_callers_have_left_may_finish_for_the_fleet(fleet):
     assert isinstance(led.results()[0], asyncio.CancelledError)
     led.release()
     assert (waits.result(), waits.calls) == ("value", 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_timeout_leaves_those_alone_who_wait_for_the_next_flight(fleet, kind):
+    first, second = (fleet.member(lease_seconds=FOREVER) for _ in range(2))
+    member = fleet.member(kind, lease_seconds=FOREVER)
+    old = first.ask("k", value="old", hold=True).wait_for_call()
+    hasty = member.ask("k", timeout=2.0)
+    fleet.wait_for_waiting(1)
+    first.do("forget", "k")
+    wait_until(lambda: "k" not in member.coalescer)
+    new = second.ask("k", value="new", hold=True).wait_for_call()
+    patient = member.ask("k")
+    flight = member.coalescer._fleet.names.flight(member.coalescer._key("k").digest)
+    inboxes = [b"inbox:" + member.coalescer._fleet.inbox.encode()]
+    wait_until(lambda: [field for field in fleet.client.hkeys(flight) if field.startswith(b"inbox:")] == inboxes)
+    with pytest.raises(TimeoutError):
+        hasty.result()
+    assert [field for field in fleet.client.hkeys(flight) if field.startswith(b"inbox:")] == inboxes
+    new.release()
+    assert patient.result() == "new"
+    old.release()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_timeout_counts_from_when_its_caller_came(fleet, kind):
+    leader, member = fleet.member(), fleet.member(kind)
+    led = leader.ask("k", hold=True).wait_for_call()
+    first = member.ask("k", timeout=4.0)
+    fleet.wait_for_waiting(1)
+    second = member.ask("k", timeout=4.1)
+    ended = []
+    for asked in [first, second]:
+        with pytest.raises(TimeoutError, match=r"4\.[01] seconds"):
+            asked.result()
+        ended.append(time.monotonic())
+    # Who takes over from the first has waited for as long.
+    assert ended[1] - ended[0] < 3.0
+    led.release()

@@ -212,6 +212,40 @@ def test_a_forked_child_has_an_inbox_and_connections_of_its_own(fleet):
         parent.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_call_that_forks_tells_its_outcome_once_and_its_child_keeps_its_own(fleet):
+    coalescer = DistributedBatchCoalescer(fleet.client, namespace=fleet.namespace, ttl_seconds=60)
+    other = fleet.member(ttl_seconds=60)
+    assert coalescer.get_or_call("before", lambda: "v") == "v"
+    child_is_done = fleet.namespace + "done"
+    with Child() as child:
+
+        def call():
+            if child.fork():
+                return "of the child"
+            assert fleet.client.brpop(child_is_done, 20)
+            return "of the parent"
+
+        got = coalescer.get_or_call("k", call)
+        if child.here:
+            assert got == "of the child"
+            assert (coalescer.stats().calls, coalescer.stats().hits) == (0, 0)
+            assert coalescer.get_or_call("before", lambda: "x") == "v"
+            redis.Redis(**fleet.server.address).lpush(child_is_done, 1)
+        else:
+            assert got == "of the parent"
+            # No answer of the child's is left on a connection.
+            keys = [("after", number) for number in range(20)]
+            assert [coalescer.get_or_call(key, lambda key=key: list(key)) for key in keys] == [
+                list(key) for key in keys
+            ]
+            assert other.get("k", "x") == "of the parent"
+            assert (coalescer.stats().leases_lost, coalescer.stats().backend_errors) == (0, 0)
+    if not child.here:
+        coalescer.close()
+
+
 def test_an_asyncio_coalescer_is_bound_to_one_loop(fleet):
     member, second = fleet.member("tasks"), LoopThread()
     assert member.get("k", "v") == "v"

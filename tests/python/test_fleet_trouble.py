@@ -191,6 +191,22 @@ def test_a_client_that_tries_again_for_ever_holds_nobody_up(lone, kind, used):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_lead_that_nobody_heard_of_is_given_up_before_its_lease_has_run_out(lone, kind):
+    first, _ = pair(lone, kind, lease_seconds=6.0)
+    first.get("before", 1)
+    flight = first.coalescer._fleet.names.flight(first.coalescer._key("k").digest)
+    lone.server.pause()
+    assert first.get("k", 1) == 1
+    lone.server.resume()
+    # The server reads the claim now.
+    wait_until(lambda: lone.client.exists(flight))
+    left = lefts = lone.client.pttl(flight)
+    while left > 0:
+        lefts, left = left, lone.client.pttl(flight)
+    assert lefts > 1000, "it has run out"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_timeouts_of_callers_hold_while_the_server_hangs(lone, kind):
     first, second = pair(lone, kind, backend_timeout_seconds=1.0, lease_seconds=30.0)
     held = first.ask("k", value=1, hold=True).wait_for_call()

@@ -321,3 +321,35 @@ def test_a_loop_that_ends_with_requests_under_way_is_quiet(provider, recwarn):
     assert all(task.cancelled() for task in tasks)
     assert provider.seen[0].disconnected.wait(PATIENCE)
     assert not recwarn.list
+
+
+# Threads in odd places.
+
+
+@pytest.mark.parametrize("timeout", [PATIENCE, None])
+def test_a_thread_may_ask_though_an_event_loop_runs_in_it(library, timeout):
+    inner = Inner(lambda request, number: library.Response(200, json=number))
+    transport = CoalescingTransport(inner, coalescer=BatchCoalescer(ttl_seconds=0))
+
+    async def ask():
+        with library.Client(transport=transport, timeout=timeout) as client:
+            return [client.post("http://provider.test", json={}).json() for _ in range(2)]
+
+    assert asyncio.run(ask()) == [1, 2]
+
+
+def test_a_thread_that_is_interrupted_before_it_has_sent_holds_nobody_up(library, monkeypatch):
+    inner, coalescer = Inner(lambda request, number: library.Response(200, json=number)), BatchCoalescer()
+    make_place = _http_sync.make_place
+
+    def interrupted(*args):
+        monkeypatch.setattr(_http_sync, "make_place", make_place)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_http_sync, "make_place", interrupted)
+    with library.Client(transport=CoalescingTransport(inner, coalescer=coalescer), timeout=PATIENCE) as client:
+        # Its frames live on in the traceback, as where people type.
+        with pytest.raises(KeyboardInterrupt) as kept:
+            client.post("http://provider.test", json={})
+        assert client.post("http://provider.test", json={}).json() == 1
+    assert kept.tb is not None
