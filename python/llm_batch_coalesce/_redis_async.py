@@ -248,7 +248,10 @@ class AsyncDistributedBatchCoalescer(Member):
             return there
 
     async def close(self) -> None:
-        """End the coalescer's tasks and connections; the client stays open. It cannot be used after that."""
+        """End the coalescer's tasks and connections; the client stays open. It cannot be used after that.
+
+        A call under way still shares its outcome, but its lease is no longer renewed.
+        """
         self._closed = True
         server, self._server = self._server, None
         if server is not None and self._process == os.getpid():
