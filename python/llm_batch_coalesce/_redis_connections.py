@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
 
 from llm_batch_coalesce._redis_common import packed
+
+if TYPE_CHECKING:
+    from llm_batch_coalesce._redis_bounded import Bounded
 
 # How many commands may be under way at the same time; others wait for their turn. Each has a connection.
 MOST_COMMANDS = 64
@@ -76,7 +79,8 @@ class Connections:
     of a round trip on loopback. Here it looks only after a pause, and who asks tries again.
     """
 
-    def __init__(self, client: redis.Redis, timeout: float) -> None:
+    def __init__(self, client: redis.Redis, timeout: float, bounded: Bounded) -> None:
+        self._bounded = bounded
         self._pool = client.connection_pool
         self._timeout = timeout
         self._parsed: Any = client.parse_response
@@ -116,8 +120,7 @@ class Connections:
         try:
             connection, used_at = self._idle.pop()
         except IndexError:
-            # It connects when it is used.
-            return self._pool.connection_class(**self._pool.connection_kwargs)
+            return self._connected(self._pool.connection_class(**self._pool.connection_kwargs))
         if time.monotonic() - used_at > _FRESH:
             try:
                 is_cut = connection.can_read()
@@ -125,6 +128,23 @@ class Connections:
                 is_cut = True
             if is_cut:
                 connection.disconnect()
+                return self._connected(connection)
+        return connection
+
+    def _connected(self, connection: Any) -> Any:  # noqa: ANN401 - as above
+        """Connect it. The timeout of its socket bounds no resolver, and each of a host's addresses anew."""
+        wanted = True
+
+        def connect() -> None:
+            connection.connect()
+            if not wanted:
+                connection.disconnect()
+
+        try:
+            self._bounded.run(connect)
+        except BaseException:
+            wanted = False
+            raise
         return connection
 
     def disconnect(self) -> None:

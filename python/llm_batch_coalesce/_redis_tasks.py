@@ -381,6 +381,7 @@ class Server:
                 self._lead.set()
 
     async def _settle(self) -> None:
+        """Give up what claims that were not answered may have got."""
         for doubt, until in self._doubts.copy().items():
             if time.monotonic() < until:
                 try:

@@ -119,8 +119,8 @@ class Server:
         self._is_cluster = isinstance(client, redis.RedisCluster)
         # Others than clients of one server may ask several, or try again, so their sockets' limits are not enough.
         plain = type(getattr(self._client, "connection_pool", None)) is redis.ConnectionPool
-        self._connections = Connections(self._client, fleet.backend_timeout) if plain else None
         self._bounded = Bounded(fleet.backend_timeout, most_commands(self._client, shared=not self._is_own))
+        self._connections = Connections(self._client, fleet.backend_timeout, self._bounded) if plain else None
         self._fleet = fleet
         self._forget = forget
         self._boxes = Boxes()
@@ -393,6 +393,7 @@ class Server:
                 self._lead.set()
 
     def _settle(self) -> None:
+        """Give up what claims that were not answered may have got."""
         for doubt, until in self._doubts.copy().items():
             if time.monotonic() < until:
                 try:

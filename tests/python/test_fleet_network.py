@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import socket
 import threading
 import time
 
@@ -234,3 +235,20 @@ def test_tasks_that_are_cancelled_in_the_middle_of_commands_leave_no_answers_beh
     assert proxy.count() <= 70, "connections are reused"
     other = fleet.member()
     assert [list(other.get(("right", key))) for key in range(100)] == [["right", key] for key in range(100)]
+
+
+def test_a_resolver_that_hangs_holds_no_thread_up(fleet, monkeypatch):
+    answers, resolve = threading.Event(), socket.getaddrinfo
+
+    def hang(*args, **options):
+        assert answers.wait(PATIENCE)
+        return resolve(*args, **options)
+
+    first, second = fleet.member(backend_timeout_seconds=0.5), fleet.member()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", hang)
+        assert first.get("k", 1) == 1
+        assert not answers.is_set()
+        assert first.coalescer.stats().backend_errors == 1
+        answers.set()
+    wait_until_shared(first, second)
