@@ -26,6 +26,10 @@ class _Job:
                 self.answers.put((None, error))
 
 
+# After how long a thread ends that has nothing to do, in seconds.
+_LINGER = 1.0
+
+
 class Bounded:
     """Threads for commands, made when they are needed."""
 
@@ -61,7 +65,19 @@ class Bounded:
         return answer
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=_LINGER)
+            except queue.Empty:
+                with self._lock:
+                    # The others that are idle do what has just come.
+                    if self._pending < self._idle:
+                        self._idle -= 1
+                        self._threads -= 1
+                        return
+                continue
+            if job is None:
+                return
             with self._lock:
                 self._pending -= 1
                 self._idle -= 1
