@@ -45,7 +45,7 @@ class Crew:
 
         def run(number: int) -> None:
             try:
-                barrier.wait(30)
+                barrier.wait(60)
                 self._outcomes[number] = work(number)
             except BaseException as error:
                 self._errors.append(error)
@@ -57,7 +57,7 @@ class Crew:
 
     def join(self) -> list[Any]:
         for thread in self._threads:
-            thread.join(50)
+            thread.join(120)
             assert not thread.is_alive(), "a thread hangs"
         if self._errors:
             raise self._errors[0]

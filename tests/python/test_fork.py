@@ -287,7 +287,7 @@ def test_a_pool_of_forked_processes():
 
 def run(program):
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=140, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     return ended.stdout
 
