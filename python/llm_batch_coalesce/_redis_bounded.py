@@ -61,7 +61,11 @@ class Bounded:
             job.wanted = False
             raise redis.exceptions.TimeoutError("no answer in time") from None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                # This frame is in its traceback: each would keep the other, and connections with them.
+                del error
         return answer
 
     def _work(self) -> None:
