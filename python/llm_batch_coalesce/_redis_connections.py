@@ -133,10 +133,12 @@ class Connections:
 
     def _connected(self, connection: Any) -> Any:  # noqa: ANN401 - as above
         """Connect it. The timeout of its socket bounds no resolver, and each of a host's addresses anew."""
-        wanted = True
+        wanted, made = True, False
 
         def connect() -> None:
+            nonlocal made
             connection.connect()
+            made = True
             if not wanted:
                 connection.disconnect()
 
@@ -144,6 +146,9 @@ class Connections:
             self._bounded.run(connect)
         except BaseException:
             wanted = False
+            # In this very moment; before, it is up to who connects.
+            if made:
+                connection.disconnect()
             raise
         return connection
 

@@ -4,7 +4,6 @@ import gc
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -68,10 +67,7 @@ class Crew:
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_old_is_not_collected():
     """Collections are quick, and find what the module's own tests have left, not what was imported or left before."""
-    with warnings.catch_warnings():
-        # Sockets that an earlier module has left are shown, and are not this one's failure.
-        warnings.simplefilter("default", ResourceWarning)
-        gc.collect()
+    gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
